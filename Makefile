@@ -1,0 +1,43 @@
+# Everything that can be done with the repository. Each target makes the environment it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format train clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP)  ## the environment in .venv: pinned packages and this one, editable
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("gdn2-ops needs Python >= 3.10, got " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv module: install it (Debian: apt-get install python3-venv)"; exit 1; }
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core cmake ninja
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[onnx,examples,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## one model, one ONNX file: eager, compiled and ONNX Runtime agree on real text, and how fast
+	$(BIN)/gdn2 demo
+
+test: $(STAMP)  ## every test that runs without a GPU
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP)  ## formatting, lints, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(STAMP)  ## rewrite the files the way lint wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+train: $(STAMP)  ## examples/models/tiny again, from the standard library's source (about 20 minutes on 2 cores)
+	$(BIN)/python examples/train_tiny.py
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,103 @@
+"""The public functions of Gated DeltaNet-2: `chunk` over sequences, `step` and `step_inplace` for one token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn2_ops import custom_ops as _registration  # noqa: F401
+
+
+class GDN2Output(NamedTuple):
+    """o: the outputs, dtype of q. state: [N, HV, K, V] float32, the state after the last token."""
+
+    o: Tensor
+    state: Tensor
+
+
+def chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    state: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> GDN2Output:
+    """Gated delta rule with erase and write gates over whole sequences: training and prefill.
+
+        S_t = (I - k_t (b_t*k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t*v_t)^T        o_t = scale S_t^T q_t        (1)
+
+    B batch, T tokens, H key heads, HV value heads (a multiple of H: value head i reads key head i // (HV / H)),
+    K key channels and V value channels of a head, both at most 256, N sequences.
+
+    Args:
+        q: [B, T, H, K] float32, bfloat16 or float16. Queries.
+        k: [B, T, H, K], dtype of q. Keys, of length at most 1; nothing normalises them here.
+        v: [B, T, HV, V], dtype of q. Values.
+        g: [B, T, H, K] float32. Natural log of the decay, finite and <= 0.
+        b: [B, T, H, K], dtype of q. Erase gate, in [0, 1], or [0, 2] with negative eigenvalues.
+        w: [B, T, HV, V], dtype of q. Write gate, in [0, 1].
+        state: [N, HV, K, V] float32 before the first token. None is zeros.
+        cu_seqlens: [N + 1] int32 or int64. Bounds of N sequences packed along T, from 0 to T; then B = 1. A sequence
+            may be empty. None is one sequence per batch row: N = B.
+        scale: of the outputs. None is K ** -0.5.
+
+    Returns: o [B, T, HV, V], dtype of q; state [N, HV, K, V] float32, after the last token of each sequence.
+    Raises: ValueError, TypeError: an argument does not match the list above.
+    Differentiable once in every floating tensor. The values of g, b, w and k are not checked: with b up to 1
+    and no decay a state can still grow (docs/derivation.md, Stability). Source: arXiv 2605.22791, eq. 10.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return GDN2Output(*torch.ops.gdn2.chunk(q, k, v, g, b, w, state, cu_seqlens, scale))
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, state: Tensor, *, scale: float | None = None
+) -> GDN2Output:
+    """One token of `chunk` from one state to a new one: decoding in exported programs, where nothing is mutated.
+
+    Args:
+        q, k, b: [B, H, K];  v, w: [B, HV, V]: one dtype of float32, bfloat16 or float16.  g: [B, H, K] float32.
+        state: [B, HV, K, V] float32, left as it is.
+        scale: of the output. None is K ** -0.5.
+
+    Returns: o [B, HV, V], dtype of q; state [B, HV, K, V] float32, after the token.
+    Raises: ValueError, TypeError: an argument does not match the list above.
+    Differentiable once in every tensor. Source: arXiv 2605.22791, eq. 10.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return GDN2Output(*torch.ops.gdn2.step(q, k, v, g, b, w, state, scale))
+
+
+def step_inplace(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    state: Tensor,
+    *,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """One token of `chunk`, the state overwritten: decoding in a server, with a pool of states.
+
+    Args:
+        q, k, b: [B, H, K];  v, w: [B, HV, V]: one dtype of float32, bfloat16 or float16.  g: [B, H, K] float32.
+        state: [P, HV, K, V] float32, contiguous, overwritten. Without slots P = B.
+        slots: [B] int32 or int64, distinct, in [0, P). Row n of the batch updates state[slots[n]]. None is row n.
+        scale: of the output. None is K ** -0.5.
+
+    Returns: o [B, HV, V], dtype of q.
+    Raises: ValueError, TypeError: an argument does not match the list above. RuntimeError: a gradient is asked for.
+    Source: arXiv 2605.22791, eq. 10.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.gdn2.step_inplace(q, k, v, g, b, w, state, slots, scale)
