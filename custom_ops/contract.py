@@ -11,6 +11,8 @@ Any strides are taken, but a state that is written in place is contiguous. The s
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -111,7 +113,7 @@ def check_cu_seqlens_values(cu_seqlens: Tensor | None, T: int) -> None:
     if cu_seqlens is None:
         return
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != T or any(begin > end for begin, end in zip(bounds, bounds[1:])):
+    if bounds[0] != 0 or bounds[-1] != T or any(begin > end for begin, end in pairwise(bounds)):
         raise ValueError(
             f"gdn2::chunk: expected cu_seqlens to start at 0, never fall and end at T = {T}, got {_some(bounds)}"
         )

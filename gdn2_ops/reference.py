@@ -14,6 +14,7 @@ HV/H times as wide (2). Inside this file values and states have that width, W = 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,8 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, state: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """One token of `recurrent`: q, k, g, b [B, H, K], v, w [B, HV, V], state [B, HV, K, V] -> (o [B, HV, V], state)."""
-    o_B1HV, final = recurrent(*(x.unsqueeze(1) for x in (q, k, v, g, b, w)), state, scale=scale)
+    q, k, v, g, b, w = (x.unsqueeze(1) for x in (q, k, v, g, b, w))
+    o_B1HV, final = recurrent(q, k, v, g, b, w, state, scale=scale)
     return o_B1HV.squeeze(1), final
 
 
@@ -247,7 +249,7 @@ def _problems(
         yield rows, states
         return
     bounds = cu_seqlens.tolist()
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+    for n, (begin, end) in enumerate(pairwise(bounds)):
         yield tuple(x[:, :, begin:end] for x in rows), tuple(x[n : n + 1] for x in states)
 
 
