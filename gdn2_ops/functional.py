@@ -53,8 +53,7 @@ def chunk(
     Differentiable once in every floating tensor. The values of g, b, w and k are not checked: with b up to 1
     and no decay a state can still grow (docs/derivation.md, Stability). Source: arXiv 2605.22791, eq. 10.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return GDN2Output(*torch.ops.gdn2.chunk(q, k, v, g, b, w, state, cu_seqlens, scale))
+    return GDN2Output(*torch.ops.gdn2.chunk(q, k, v, g, b, w, state, cu_seqlens, _scale(scale, q)))
 
 
 def step(
@@ -71,8 +70,7 @@ def step(
     Raises: ValueError, TypeError: an argument does not match the list above.
     Differentiable once in every tensor. Source: arXiv 2605.22791, eq. 10.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return GDN2Output(*torch.ops.gdn2.step(q, k, v, g, b, w, state, scale))
+    return GDN2Output(*torch.ops.gdn2.step(q, k, v, g, b, w, state, _scale(scale, q)))
 
 
 def step_inplace(
@@ -99,5 +97,10 @@ def step_inplace(
     Raises: ValueError, TypeError: an argument does not match the list above. RuntimeError: a gradient is asked for.
     Source: arXiv 2605.22791, eq. 10.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.gdn2.step_inplace(q, k, v, g, b, w, state, slots, scale)
+    return torch.ops.gdn2.step_inplace(q, k, v, g, b, w, state, slots, _scale(scale, q))
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is None and q.dim() > 0 and q.shape[-1] > 0:
+        return q.shape[-1] ** -0.5
+    return 1.0 if scale is None else scale  # of a q without channels, which the operator refuses with its own words

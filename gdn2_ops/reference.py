@@ -5,7 +5,8 @@
 `recurrent` is equation (1) token by token: the definition that everything else is measured against.
 `chunkwise` is the same map in blocks of tokens, equations (3)-(8), and `chunkwise_backward` its explicit
 vector-Jacobian product, equations (9)-(13). Equation numbers are those of docs/derivation.md; the source is
-arXiv 2605.22791, section 3 and appendices A-D. Arithmetic is float64 for float64 inputs, else float32.
+arXiv 2605.22791, section 3 and appendices A-D. Arithmetic is float64 for float64 inputs, else float32;
+sums of log decays are float64 always.
 
 Columns of a state never meet, so a group of HV/H value heads sharing one key head is one head whose values are
 HV/H times as wide (2). Inside this file values and states have that width, W = V HV / H.
@@ -140,14 +141,16 @@ class _Scores(NamedTuple):
 
 
 def _scores(q: Tensor, k: Tensor, g: Tensor, b: Tensor, scale: float) -> _Scores:
-    G_CK = g.cumsum(-2)
+    # float64: a reset of -30 in a float32 sum takes digits that the spans after it need.
+    G_CK = g.double().cumsum(-2)
     future_CC = torch.ones(2 * g.shape[-2:-1], dtype=torch.bool, device=g.device).triu(1)
-    span_CCK = G_CK[..., :, None, :] - G_CK[..., None, :, :]
+    span_CCK = (G_CK[..., :, None, :] - G_CK[..., None, :, :]).to(g.dtype)
     # Masked before exp: a masked exp of a positive span is inf, and its gradient NaN.
     D_CCK = span_CCK.masked_fill(future_CC[..., None], -torch.inf).exp()
     against_CK2 = torch.stack((b * k, scale * q), -1)
     T_CC, Aqk_CC = ((D_CCK * k[..., None, :, :]) @ against_CK2).unbind(-1)
-    return _Scores(G_CK.exp(), (G_CK[..., -1:, :] - G_CK).exp(), D_CCK, T_CC.tril(-1), Aqk_CC)
+    tail_CK = (G_CK[..., -1:, :] - G_CK).to(g.dtype).exp()
+    return _Scores(G_CK.to(g.dtype).exp(), tail_CK, D_CCK, T_CC.tril(-1), Aqk_CC)
 
 
 def _solve(T_CC: Tensor, X: Tensor) -> Tensor:

@@ -1,0 +1,35 @@
+"""A PyTorch model as a backend of `gdn2_ops.runtime.generate`: numpy in, numpy out, eager or compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gdn2_ops.model import GDN2LM
+
+
+class TorchBackend:
+    """tokens [B, T] and a state to logits [B, T, vocab] and a state; a single token after a state takes the step.
+
+    Args:
+        model: in evaluation mode.
+        compiled: run `torch.compile(fullgraph=True, dynamic=True)` of the model's forward and decode.
+    """
+
+    def __init__(self, model: GDN2LM, *, compiled: bool = False) -> None:
+        self._forward, self._decode = model.forward, model.decode
+        if compiled:
+            self._forward = torch.compile(model.forward, fullgraph=True, dynamic=True)
+            self._decode = torch.compile(model.decode, fullgraph=True)
+
+    @torch.no_grad()
+    def __call__(self, tokens: NDArray[np.int64], state: Any | None) -> tuple[NDArray[np.float32], Any]:
+        rows = torch.from_numpy(tokens)
+        if state is not None and rows.shape[1] == 1:
+            logits, state = self._decode(rows[:, 0], state)
+            return logits.unsqueeze(1).float().numpy(), state
+        logits, state = self._forward(rows, state)
+        return logits.float().numpy(), state

@@ -1,0 +1,246 @@
+"""The token mixers: `GatedDeltaNet2`, and `SlidingWindowAttention` for hybrid models. State in, state out.
+
+A mixer is called on whole sequences, `y, state = mixer(x, state)`, or on one token, `y, state = mixer.step(x, state)`;
+a state of None is the beginning of a sequence. Nothing is mutated, so both trace into one graph without copies of
+Python objects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdn2_ops import functional
+
+OUTPUT_GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+class GDN2State(NamedTuple):
+    """conv: [B, 2 H K + HV V, conv_size - 1], the last inputs of the convolution, or None without one.
+    recurrent: [B, HV, K, V] float32."""
+
+    conv: Tensor | None
+    recurrent: Tensor
+
+
+class _Inputs(NamedTuple):
+    """The six inputs of the operator."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    b: Tensor
+    w: Tensor
+
+
+class WindowState(NamedTuple):
+    """k, v: [B, heads, L, head_dim], the last L < window keys (before the rotation) and values."""
+
+    k: Tensor
+    v: Tensor
+
+
+class GatedDeltaNet2(nn.Module):
+    """The Gated DeltaNet-2 layer. Source: arXiv 2605.22791, section 3; parameter names as in published checkpoints.
+
+    q, k: Linear, causal depthwise convolution, SiLU, L2 norm per head. v: Linear, convolution, SiLU.
+    b = sigmoid(Linear), w = sigmoid(Linear), g = -exp(A_log) softplus(f(x) + dt_bias) in float32.
+    Output: RMSNorm per head, times the output gate of a low-rank projection, then Linear.
+
+    Args:
+        hidden_size: channels of x.
+        num_heads, head_dim: H and K.
+        num_v_heads: HV, a multiple of H; None is H.
+        expand_v: V = head_dim * expand_v.
+        use_short_conv, conv_size: the convolution of q, k and v and its width.
+        allow_neg_eigval: doubles b, to [0, 2].
+        output_gate: "silu" (the paper) or "sigmoid" (one public re-implementation; their weights do not mix).
+        norm_eps: of the output norm.
+
+    Shape: x [B, T, hidden_size] -> y [B, T, hidden_size], `GDN2State`.
+    Raises: ValueError: the arguments do not fit together.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int = 16,
+        head_dim: int = 128,
+        num_v_heads: int | None = None,
+        expand_v: float = 1.0,
+        use_short_conv: bool = True,
+        conv_size: int = 4,
+        allow_neg_eigval: bool = False,
+        output_gate: str = "silu",
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        self.head_v_dim = round(head_dim * expand_v)
+        if self.num_v_heads % num_heads:
+            raise ValueError(f"expected num_v_heads to be a multiple of num_heads = {num_heads}, got {num_v_heads}")
+        if self.head_v_dim != head_dim * expand_v:
+            raise ValueError(f"expected head_dim * expand_v to be whole, got {head_dim} * {expand_v}")
+        if output_gate not in OUTPUT_GATES:
+            raise ValueError(f"expected output_gate in {sorted(OUTPUT_GATES)}, got {output_gate!r}")
+        if use_short_conv and conv_size < 2:
+            raise ValueError(f"expected conv_size >= 2, got {conv_size}; use_short_conv=False leaves it out")
+        self.use_short_conv, self.conv_size = use_short_conv, conv_size
+        self.allow_neg_eigval, self.output_gate = allow_neg_eigval, output_gate
+        key_dim, value_dim = num_heads * head_dim, self.num_v_heads * self.head_v_dim
+        self.channels = [key_dim, key_dim, value_dim]
+
+        self.q_proj = nn.Linear(hidden_size, key_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, key_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, value_dim, bias=False)
+        self.b_proj = nn.Linear(hidden_size, key_dim, bias=False)
+        self.w_proj = nn.Linear(hidden_size, value_dim, bias=False)
+        self.f_proj = nn.Sequential(
+            nn.Linear(hidden_size, self.head_v_dim, bias=False), nn.Linear(self.head_v_dim, key_dim, bias=False)
+        )
+        self.g_proj = nn.Sequential(
+            nn.Linear(hidden_size, self.head_v_dim, bias=False), nn.Linear(self.head_v_dim, value_dim)
+        )
+        if use_short_conv:
+            self.q_conv1d, self.k_conv1d, self.v_conv1d = (
+                nn.Conv1d(n, n, conv_size, groups=n, bias=False) for n in self.channels
+            )
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(key_dim))
+        self.o_norm = nn.RMSNorm(self.head_v_dim, eps=norm_eps)
+        self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The paper's initial values: decays of a step between 1e-3 and 0.1 times a rate of 1 to 16 per head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, gain=2**-2.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.A_log.uniform_(1, 16).log_()
+            step = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_()
+            step += torch.log(-torch.expm1(-step))  # the inverse of softplus
+
+    def forward(self, x: Tensor, state: GDN2State | None = None) -> tuple[Tensor, GDN2State]:
+        """x [B, T, hidden_size] -> y [B, T, hidden_size] and the state after the last token."""
+        inputs, conv = self._inputs(x, None if state is None else state.conv)
+        o, recurrent = functional.chunk(*inputs, None if state is None else state.recurrent)
+        return self._output(o, x), GDN2State(conv, recurrent)
+
+    def step(self, x: Tensor, state: GDN2State) -> tuple[Tensor, GDN2State]:
+        """x [B, hidden_size], one token -> y [B, hidden_size] and the state after it."""
+        x_B1D = x.unsqueeze(1)
+        inputs, conv = self._inputs(x_B1D, state.conv)
+        token = _Inputs(*(x.squeeze(1) for x in inputs))
+        o, recurrent = functional.step(*token, state.recurrent)
+        return self._output(o.unsqueeze(1), x_B1D).squeeze(1), GDN2State(conv, recurrent)
+
+    def initial_state(self, batch: int) -> GDN2State:
+        """The state before the first token: zeros, on the device of the weights."""
+        like = self.q_proj.weight
+        conv = like.new_zeros(batch, sum(self.channels), self.conv_size - 1) if self.use_short_conv else None
+        shape = (batch, self.num_v_heads, self.head_dim, self.head_v_dim)
+        return GDN2State(conv, like.new_zeros(shape, dtype=torch.float32))
+
+    def _inputs(self, x: Tensor, conv: Tensor | None) -> tuple[_Inputs, Tensor | None]:
+        """The inputs of the operator and the new state of the convolution."""
+        keys, values = (self.num_heads, self.head_dim), (self.num_v_heads, self.head_v_dim)
+        qkv_BTC = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
+        if self.use_short_conv:
+            qkv_BTC, conv = self._convolve(qkv_BTC, conv)
+        q, k, v = F.silu(qkv_BTC).split(self.channels, -1)
+        q, k = (_l2_norm(y.unflatten(-1, keys)) for y in (q, k))
+        rate_H1 = -self.A_log.float().exp()[:, None]
+        g = rate_H1 * F.softplus(self.f_proj(x).float() + self.dt_bias.float()).unflatten(-1, keys)
+        b = self.b_proj(x).sigmoid().unflatten(-1, keys)
+        w = self.w_proj(x).sigmoid().unflatten(-1, values)
+        b = 2 * b if self.allow_neg_eigval else b
+        return _Inputs(q, k, v.unflatten(-1, values), g, b, w), conv
+
+    def _convolve(self, x_BTC: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
+        past = self.conv_size - 1
+        x_BCT = x_BTC.mT
+        if conv is None:
+            conv = x_BCT.new_zeros(x_BCT.shape[0], x_BCT.shape[1], past)
+        x_BCT = torch.cat((conv, x_BCT), -1)
+        weight_C1W = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))
+        y_BCT = F.conv1d(x_BCT, weight_C1W, groups=sum(self.channels))
+        return y_BCT.mT, x_BCT[..., -past:].contiguous()
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        gate = OUTPUT_GATES[self.output_gate](self.g_proj(x)).unflatten(-1, o.shape[-2:])
+        return self.o_proj((self.o_norm(o) * gate).flatten(-2))
+
+
+class SlidingWindowAttention(nn.Module):
+    """Causal multi-head attention over the last `window` tokens, this one among them, with rotary positions.
+
+    The state holds keys before the rotation and each call rotates what it sees from position 0: scores depend on
+    differences of positions only, so no position counter is carried and positions never grow past window + T.
+
+    Shape: x [B, T, hidden_size] -> y [B, T, hidden_size], `WindowState`. Source: arXiv 2605.22791, hybrid models.
+    """
+
+    def __init__(self, hidden_size: int, *, num_heads: int, window: int, rope_theta: float = 1e4) -> None:
+        super().__init__()
+        if hidden_size % (2 * num_heads):
+            raise ValueError(
+                f"expected hidden_size to be a multiple of 2 * num_heads = {2 * num_heads}, got {hidden_size}"
+            )
+        if window < 2:
+            raise ValueError(f"expected window >= 2, got {window}")
+        self.num_heads, self.window, self.rope_theta = num_heads, window, rope_theta
+        self.head_dim = hidden_size // num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor, state: WindowState | None = None) -> tuple[Tensor, WindowState]:
+        """x [B, T, hidden_size] -> y [B, T, hidden_size] and the last window - 1 keys and values."""
+        heads = (self.num_heads, self.head_dim)
+        q, k, v = (p(x).unflatten(-1, heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if state is not None:
+            k, v = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
+        T, seen = x.shape[1], k.shape[2]
+        position = torch.arange(seen, device=x.device)
+        age_TL = position[seen - T :, None] - position
+        visible_TL = (age_TL >= 0) & (age_TL < self.window)
+        o = F.scaled_dot_product_attention(
+            self._rotate(q, position[seen - T :]), self._rotate(k, position), v, attn_mask=visible_TL
+        )
+        kept = WindowState(*(y[:, :, max(0, seen - self.window + 1) :].contiguous() for y in (k, v)))
+        return self.o_proj(o.transpose(1, 2).flatten(-2)), kept
+
+    def step(self, x: Tensor, state: WindowState) -> tuple[Tensor, WindowState]:
+        """x [B, hidden_size], one token -> y [B, hidden_size] and the state after it."""
+        y_B1D, state = self(x.unsqueeze(1), state)
+        return y_B1D.squeeze(1), state
+
+    def initial_state(self, batch: int) -> WindowState:
+        """The state before the first token: no keys."""
+        empty = self.q_proj.weight.new_zeros(batch, self.num_heads, 0, self.head_dim)
+        return WindowState(empty, empty.clone())
+
+    def _rotate(self, x_BHTD: Tensor, position_T: Tensor) -> Tensor:
+        half = self.head_dim // 2
+        frequency = self.rope_theta ** (-torch.arange(half, device=position_T.device, dtype=torch.float32) / half)
+        angle_TD = position_T[:, None] * frequency
+        sin, cos = angle_TD.sin().to(x_BHTD.dtype), angle_TD.cos().to(x_BHTD.dtype)
+        x, y = x_BHTD.chunk(2, -1)
+        return torch.cat((x * cos - y * sin, y * cos + x * sin), -1)
+
+
+def _l2_norm(x: Tensor) -> Tensor:
+    """x / |x| over the last axis in float32; 1e-6 under the root keeps a zero vector zero."""
+    x_float = x.float()
+    return (x_float * torch.rsqrt(x_float.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
