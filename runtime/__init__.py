@@ -1,0 +1,1 @@
+"""Running exported files, and measuring what runs: no PyTorch, no layers, no kernels in here."""

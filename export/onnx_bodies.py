@@ -1,0 +1,211 @@
+"""Function bodies of the node `gdn2::GatedDeltaNet2` in standard ONNX operators, so that any runtime can run the file.
+
+    scan     one token an iteration, equation (1): the smallest
+    chunk    16 tokens an iteration, equations (3)-(8) with pairwise decays, whose exponents are never positive
+
+Both compute in float32 whatever the node's types and take any T >= 1. Equation numbers: docs/derivation.md. Names of
+values end in their axes where they have some; C is 16 and W = V HV / H, value groups being wider values (2).
+"""
+
+from __future__ import annotations
+
+import onnx
+
+from gdn2_ops.export.onnx_schema import DOMAIN, INPUTS, OP, OPSET, OUTPUTS
+
+C = 16
+
+
+def function_body(kind: str) -> onnx.FunctionProto:
+    """The body of that kind as a model-local function. Raises: ValueError: there is none of that name."""
+    if kind not in BODIES:
+        raise ValueError(f"expected a body in {sorted(BODIES)}, got {kind!r}")
+    header = (
+        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
+        f"{OP} <scale, plugin_namespace, plugin_version> ({', '.join(INPUTS)}) => ({', '.join(OUTPUTS)})\n"
+    )
+    function = onnx.parser.parse_function(header + "{" + _OPEN + BODIES[kind] + _CLOSE + "}")
+    function.doc_string = f"Gated DeltaNet-2 in standard operators, body '{kind}'."
+    return function
+
+
+# Casts to float32; q scaled; bk = b*k, wv = w*v; values [B, T, H, W]; S0 [B, H, K, W].
+_OPEN = """
+    scale_ = Constant <value_float : float = @scale> ()
+    q_f = Cast <to = 1> (q)
+    k_f = Cast <to = 1> (k)
+    v_f = Cast <to = 1> (v)
+    g_f = Cast <to = 1> (g)
+    b_f = Cast <to = 1> (b)
+    w_f = Cast <to = 1> (w)
+    H = Shape <start = 2, end = 3> (q)
+    K = Shape <start = 3, end = 4> (q)
+    V = Shape <start = 3, end = 4> (v)
+    keep_1 = Constant <value = int64[1] {0}> ()
+    keep_2 = Constant <value = int64[2] {0, 0}> ()
+    keep_3 = Constant <value = int64[3] {0, 0, 0}> ()
+    rest = Constant <value = int64[1] {-1}> ()
+    wide = Concat <axis = 0> (keep_2, H, rest)
+    qs = Mul (q_f, scale_)
+    bk = Mul (b_f, k_f)
+    wv_BTHV = Mul (w_f, v_f)
+    wv = Reshape (wv_BTHV, wide)
+    S0_f = Cast <to = 1> (initial_state)
+    grouped = Concat <axis = 0> (keep_1, H, rest, K, V)
+    S0_BHGKV = Reshape (S0_f, grouped)
+    S0_BHKGV = Transpose <perm = [0, 1, 3, 2, 4]> (S0_BHGKV)
+    wide_state = Concat <axis = 0> (keep_3, rest)
+    S0 = Reshape (S0_BHKGV, wide_state)
+"""
+
+# From o_BTHW and S_last [B, H, K, W] back to value heads and the types of the node.
+_CLOSE = """
+    values = Shape (v)
+    o_f = Reshape (o_BTHW, values)
+    o = CastLike (o_f, q)
+    ungrouped = Concat <axis = 0> (keep_3, rest, V)
+    S_BHKGV = Reshape (S_last, ungrouped)
+    S_BHGKV = Transpose <perm = [0, 1, 3, 2, 4]> (S_BHKGV)
+    states = Shape (initial_state)
+    final_f = Reshape (S_BHGKV, states)
+    final_state = CastLike (final_f, initial_state)
+"""
+
+_SCAN = """
+    column = Constant <value = int64[1] {-1}> ()
+    row = Constant <value = int64[1] {-2}> ()
+    q_TBHK = Transpose <perm = [1, 0, 2, 3]> (qs)
+    k_TBHK = Transpose <perm = [1, 0, 2, 3]> (k_f)
+    bk_TBHK = Transpose <perm = [1, 0, 2, 3]> (bk)
+    g_TBHK = Transpose <perm = [1, 0, 2, 3]> (g_f)
+    wv_TBHW = Transpose <perm = [1, 0, 2, 3]> (wv)
+    S_last, o_TBHW = Scan <num_scan_inputs = 5, body = token (S, q_t, k_t, bk_t, g_t, wv_t) => (S_next, o_t) {
+        decay = Exp (g_t)
+        decay_K1 = Unsqueeze (decay, column)
+        D = Mul (decay_K1, S)
+        bk_1K = Unsqueeze (bk_t, row)
+        r_1W = MatMul (bk_1K, D)
+        wv_1W = Unsqueeze (wv_t, row)
+        u_1W = Sub (wv_1W, r_1W)
+        k_K1 = Unsqueeze (k_t, column)
+        ku = Mul (k_K1, u_1W)
+        S_next = Add (D, ku)
+        q_1K = Unsqueeze (q_t, row)
+        o_1W = MatMul (q_1K, S_next)
+        o_t = Squeeze (o_1W, row)
+    }> (S0, q_TBHK, k_TBHK, bk_TBHK, g_TBHK, wv_TBHW)
+    o_BTHW = Transpose <perm = [1, 0, 2, 3]> (o_TBHW)
+"""
+
+
+def _inverse() -> str:
+    """(I + T)^-1 by the block formula, doubling the block: stable, where the product of powers of T is not (6)."""
+    lines, known = [], "X_1"
+    for size in (1, 2, 4, 8):
+        pairs = [
+            [int(i // (2 * size) == j // (2 * size) and i // size > j // size) for j in range(C)] for i in range(C)
+        ]
+        values = ", ".join(str(x) for line in pairs for x in line)
+        lines.append(f"        below_{size} = Constant <value = float[{C}, {C}] {{{values}}}> ()")
+        lines.append(f"        T_{size} = Mul (T, below_{size})")
+        if size == 1:
+            eye = ", ".join(str(int(i == j)) for i in range(C) for j in range(C))
+            lines.append(f"        eye = Constant <value = float[{C}, {C}] {{{eye}}}> ()")
+            lines.append("        X_1 = Sub (eye, T_1)")
+            continue
+        lines.append(f"        TX_{size} = MatMul (T_{size}, {known})")
+        lines.append(f"        XTX_{size} = MatMul ({known}, TX_{size})")
+        lines.append(f"        X_{size} = Sub ({known}, XTX_{size})")
+        known = f"X_{size}"
+    return "\n".join(lines)
+
+
+# Tokens past the end are padding: g = b = w = 0 leaves the state alone. Chunks lead: [N, B, H, C, K].
+_CHUNKS = "".join(
+    f"""
+    {name}_padded = Pad ({source}, pads)
+    {name}_BNCHD = Reshape ({name}_padded, {shape})
+    {name}_chunks = Transpose <perm = [1, 0, 3, 2, 4]> ({name}_BNCHD)
+"""
+    for name, source, shape in (
+        ("q", "qs", "key_chunks"),
+        ("k", "k_f", "key_chunks"),
+        ("bk", "bk", "key_chunks"),
+        ("g", "g_f", "key_chunks"),
+        ("wv", "wv", "value_chunks"),
+    )
+)
+
+_CHUNK = (
+    f"""
+    size = Constant <value = int64[1] {{{C}}}> ()
+    T_ = Shape <start = 1, end = 2> (q)
+    negative = Neg (T_)
+    missing = Mod (negative, size)
+    zeros_5 = Constant <value = int64[5] {{0, 0, 0, 0, 0}}> ()
+    pads = Concat <axis = 0> (zeros_5, missing, keep_2)
+    chunked = Constant <value = int64[3] {{0, -1, {C}}}> ()
+    key_chunks = Concat <axis = 0> (chunked, H, K)
+    W_whole = Shape <start = 3, end = 4> (wv)
+    value_chunks = Concat <axis = 0> (chunked, H, W_whole)
+"""
+    + _CHUNKS
+    + """
+    S_last, o_NBHCW = Scan <num_scan_inputs = 5, body = chunk (S, q_c, k_c, bk_c, g_c, wv_c) => (S_next, o_c) {
+        axis_C = Constant <value_int = 2> ()
+        rows = Constant <value = int64[1] {3}> ()
+        columns = Constant <value = int64[1] {2}> ()
+        last = Constant <value = int64[1] {-1}> ()
+        G = CumSum (g_c, axis_C)
+        G_i = Unsqueeze (G, rows)
+        G_j = Unsqueeze (G, columns)
+        span = Sub (G_i, G_j)
+        zero = Constant <value_float = 0.0> ()
+        past_span = Min (span, zero)
+        decay_CCK = Exp (past_span)
+        k_j = Unsqueeze (k_c, columns)
+        decayed_k_CCK = Mul (decay_CCK, k_j)
+        bk_K1 = Unsqueeze (bk_c, last)
+        q_K1 = Unsqueeze (q_c, last)
+        against_K2 = Concat <axis = -1> (bk_K1, q_K1)
+        scores_CC2 = MatMul (decayed_k_CCK, against_K2)
+        T_CC1, A_CC1 = Split <axis = -1, num_outputs = 2> (scores_CC2)
+        T_all = Squeeze (T_CC1, last)
+        A_all = Squeeze (A_CC1, last)
+        strictly = Constant <value_int = -1> ()
+        T = Trilu <upper = 0> (T_all, strictly)
+        Aqk = Trilu <upper = 0> (A_all)
+"""
+    + _inverse()
+    + """
+        gamma = Exp (G)
+        E = Mul (gamma, bk_c)
+        ES = MatMul (E, S)
+        X = Sub (wv_c, ES)
+        R = MatMul (X_8, X)
+        gamma_q = Mul (gamma, q_c)
+        o_state = MatMul (gamma_q, S)
+        o_local = MatMul (Aqk, R)
+        o_c = Add (o_state, o_local)
+        end = Constant <value = int64[1] {-1}> ()
+        G_last = Gather <axis = 2> (G, end)
+        to_end = Sub (G_last, G)
+        tail = Exp (to_end)
+        tail_k = Mul (tail, k_c)
+        tail_k_KC = Transpose <perm = [0, 1, 3, 2]> (tail_k)
+        written = MatMul (tail_k_KC, R)
+        gamma_last = Exp (G_last)
+        gamma_last_K1 = Transpose <perm = [0, 1, 3, 2]> (gamma_last)
+        kept = Mul (gamma_last_K1, S)
+        S_next = Add (kept, written)
+    }> (S0, q_chunks, k_chunks, bk_chunks, g_chunks, wv_chunks)
+    o_BNCHW = Transpose <perm = [1, 0, 3, 2, 4]> (o_NBHCW)
+    joined = Concat <axis = 0> (keep_1, rest, H, W_whole)
+    o_padded = Reshape (o_BNCHW, joined)
+    first = Constant <value = int64[1] {0}> ()
+    axis_T = Constant <value = int64[1] {1}> ()
+    o_BTHW = Slice (o_padded, first, T_, axis_T)
+"""
+)
+
+BODIES = {"scan": _SCAN, "chunk": _CHUNK}

@@ -1,0 +1,114 @@
+"""The command line `gdn2`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+DEFAULT_MODEL = Path("examples/models/tiny")
+PARTS = {"onnx": ("onnx", "onnx_ir", "onnxscript", "onnxruntime")}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command. Returns the exit status: 0, 1 when results disagree, 2 when the input is at fault."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ValueError, TypeError, FileNotFoundError, ImportError, NotImplementedError) as error:
+        print(f"gdn2: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gdn2", description="Gated DeltaNet-2: export, run and compare.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=function)
+        return added
+
+    command("info", _info, "versions, devices and installed parts")
+
+    demo = command("demo", _demo, "eager, compiled and ONNX Runtime on real text: do they agree, how fast are they")
+    demo.add_argument("--model", type=Path, default=DEFAULT_MODEL, help=f"model folder (default {DEFAULT_MODEL})")
+    demo.add_argument("-o", "--output", type=Path, help="keep the ONNX file here")
+
+    export = command("export", _export, "write a model for another runtime")
+    export.add_argument("model", type=Path, help="model folder")
+    export.add_argument("--to", choices=["onnx"], required=True)
+    export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+    export.add_argument("--body", default="chunk", help="function body of the ONNX node: chunk (default) or scan")
+
+    generate = command("generate", _generate, "continue a prompt with the most probable bytes")
+    generate.add_argument("model", type=Path, help="model folder or .onnx file")
+    generate.add_argument("--prompt", help="text to continue; without it, standard input")
+    generate.add_argument("--count", type=int, default=128, help="bytes to write (default 128)")
+    return parser
+
+
+def _info(options: argparse.Namespace) -> int:
+    import torch
+
+    from gdn2_ops.custom_ops.contract import SCHEMAS
+
+    print(f"gdn2-ops {importlib.metadata.version('gdn2-ops')}, Python {platform.python_version()}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.cuda.is_available()}")
+    for part, packages in PARTS.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        state = f"missing {', '.join(missing)}: pip install 'gdn2-ops[{part}]'" if missing else "installed"
+        print(f"{part}: {state}")
+    print("operators: " + ", ".join(f"gdn2::{name}" for name in SCHEMAS))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from gdn2_ops import demo
+
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        return demo.run(options.model, options.output)
+    with tempfile.TemporaryDirectory() as folder:
+        return demo.run(options.model, Path(folder) / "model.onnx")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from gdn2_ops.export.onnx import export
+    from gdn2_ops.model import GDN2LM
+
+    if not options.output.parent.is_dir():
+        raise FileNotFoundError(f"expected an existing folder to write to, got {str(options.output.parent)!r}")
+    file = export(GDN2LM.from_pretrained(options.model), options.output, body=options.body)
+    print(f"wrote {file} ({file.stat().st_size:,} bytes)")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from gdn2_ops.runtime.generate import generate
+
+    prompt = sys.stdin.buffer.read() if options.prompt is None else options.prompt.encode()
+    for byte in generate(_backend(options.model), prompt, options.count):
+        sys.stdout.buffer.write(byte)
+        sys.stdout.buffer.flush()
+    print()
+    return 0
+
+
+def _backend(model: Path):
+    if model.suffix == ".onnx":
+        from gdn2_ops.runtime.session import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(model)
+    from gdn2_ops.backends import TorchBackend
+    from gdn2_ops.model import GDN2LM
+
+    return TorchBackend(GDN2LM.from_pretrained(model))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
