@@ -1,0 +1,195 @@
+"""torch.compile and torch.export see one graph for every length, and give the eager numbers.
+
+The sizes of a first call that vary later differ from all others there: the compiler takes equal sizes for one.
+"""
+
+import io
+
+import pytest
+import torch
+from cases import Case, bounds, inputs
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import gdn2_ops
+
+LENGTHS = (7, 64, 65, 300)
+
+
+def arguments(T: int, B: int = 3, dtype: torch.dtype = torch.float32, **kind) -> list[torch.Tensor]:
+    return list(inputs(Case(f"compiled {B} {T}", T, B=B, H=1, HV=2, K=4, V=4, **kind), dtype))
+
+
+def tokens(B: int) -> list[torch.Tensor]:
+    *rows, state = arguments(1, B)
+    return [*(x[:, 0] for x in rows), state]
+
+
+def layer(q, k, v, g, b, w, state, cu_seqlens=None):
+    """chunk as a model has it: something to fuse on both sides."""
+    o, state = gdn2_ops.chunk(q * 2, k, torch.tanh(v), -g.abs(), b.sigmoid(), w, state, cu_seqlens=cu_seqlens)
+    return torch.nn.functional.silu(o).flatten(-2), state
+
+
+def with_gradients(function, x: list[torch.Tensor]) -> list[torch.Tensor]:
+    leaves = [y.detach().clone().requires_grad_() for y in x]
+    outputs = function(*leaves)
+    return [*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves)]
+
+
+def assert_same(got, want):
+    assert len(got) == len(want)
+    for y, z in zip(got, want):
+        torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counter():
+    return CompileCounterWithBackend("inductor")
+
+
+def test_training_is_one_graph_for_every_length(counter):
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for T in LENGTHS:
+        x = arguments(T)
+        assert_same(with_gradients(compiled, x), with_gradients(layer, x))
+    assert counter.frame_count == 1
+    (op,) = [node for node in counter.graphs[0].graph.nodes if "gdn2" in str(node.target)]
+    assert op.target in (torch.ops.gdn2.chunk, torch.ops.gdn2.chunk.default)
+
+
+def test_one_graph_serves_a_single_token_too(counter):
+    """Sizes of 1 are constants to the compiler unless it is told not to look; then prefill and decode share a graph."""
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True), torch.no_grad():
+        for T in (7, 1, *LENGTHS[1:]):
+            assert_same(compiled(*arguments(T)), layer(*arguments(T)))
+    assert counter.frame_count == 1
+
+
+def test_a_single_token_is_one_more_graph_and_no_other():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for T in (7, 1, *LENGTHS, 1):
+        assert_same(with_gradients(compiled, arguments(T)), with_gradients(layer, arguments(T)))
+    assert counter.frame_count == 2
+
+
+def test_packed_sequences_are_one_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for cu_seqlens in ((0, 0, 20, 20, 31, 31), (0, 3, 8), (0, 5, 5, 9, 64)):
+        case = Case("packed", cu_seqlens[-1], H=1, HV=2, K=4, V=4, cu_seqlens=cu_seqlens)
+        x, cu = inputs(case, torch.float32), bounds(case)
+        assert_same(compiled(*x, cu), layer(*x, cu))
+    assert counter.frame_count == 1
+
+
+def test_step_is_one_graph_for_every_batch(counter):
+    def decode(q, k, v, g, b, w, state):
+        o, state = gdn2_ops.step(q * 2, k, torch.tanh(v), g, b, w, state)
+        return o.flatten(-2) + 1, state
+
+    compiled = torch.compile(decode, backend=counter, fullgraph=True, dynamic=True)
+    for B in (3, 2, 8):
+        assert_same(with_gradients(compiled, tokens(B)), with_gradients(decode, tokens(B)))
+    assert counter.frame_count == 1
+
+
+def test_step_inplace_is_one_graph_for_every_batch(counter):
+    def decode(q, k, v, g, b, w, pool, slots):
+        first = gdn2_ops.step_inplace(q, k, v, g, b, w, pool, slots=slots)
+        return first + gdn2_ops.step_inplace(q, k, torch.tanh(v), g, b, w, pool, slots=slots)
+
+    compiled = torch.compile(decode, backend=counter, fullgraph=True, dynamic=True)
+    for B in (3, 2, 8):
+        *rows, state = tokens(B)
+        pool, slots = torch.cat((state, -state)), 2 * torch.arange(B).flip(0)
+        want_pool = pool.clone()
+        want = decode(*rows, want_pool, slots)
+        assert_same([compiled(*rows, pool, slots), pool], [want, want_pool])
+        assert torch.equal(pool[1::2], torch.cat((state, -state))[1::2])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_compiles(dtype):
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    x = arguments(33, dtype=dtype)
+    for y, z in zip(with_gradients(compiled, x), with_gradients(layer, x)):
+        assert y.dtype == z.dtype
+        torch.testing.assert_close(y, z)
+
+
+class Prefill(torch.nn.Module):
+    def forward(self, q, k, v, g, b, w, state):
+        return tuple(gdn2_ops.chunk(q, k, v, g, b, w, state))
+
+
+class Decode(torch.nn.Module):
+    def forward(self, q, k, v, g, b, w, state):
+        return tuple(gdn2_ops.step(q, k, v, g, b, w, state))
+
+
+class DecodeInPlace(torch.nn.Module):
+    def forward(self, q, k, v, g, b, w, state):
+        return gdn2_ops.step_inplace(q, k, v, g, b, w, state)
+
+
+def exported(module: torch.nn.Module, example: list[torch.Tensor], *axes: str) -> torch.export.ExportedProgram:
+    """The program with a dynamic dimension for every name in axes, the leading axes of all inputs; saved and loaded."""
+    dims = [torch.export.Dim(axis, min=1) for axis in axes]
+    rows, state = dict(enumerate(dims)), {0: dims[0]}
+    program = torch.export.export(module, tuple(example), dynamic_shapes=((rows,) * 6 + (state,)))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+def calls(program: torch.export.ExportedProgram) -> list:
+    return [node.target for node in program.graph.nodes if node.op == "call_function" and "gdn2" in str(node.target)]
+
+
+def test_export_of_chunk():
+    program = exported(Prefill(), arguments(5), "batch", "tokens")
+    assert calls(program) == [torch.ops.gdn2.chunk.default]
+    for B, T in ((2, 5), (1, 1), (3, 1), (1, 64), (2, 130)):
+        for y, z in zip(program.module()(*arguments(T, B)), Prefill()(*arguments(T, B))):
+            assert torch.equal(y, z)
+
+
+def test_export_without_a_state():
+    class Score(torch.nn.Module):
+        def forward(self, q, k, v, g, b, w):
+            return gdn2_ops.chunk(q, k, v, g, b, w).o
+
+    B, T = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=1)
+    program = torch.export.export(Score(), tuple(arguments(5)[:6]), dynamic_shapes=({0: B, 1: T},) * 6)
+    assert calls(program) == [torch.ops.gdn2.chunk.default]
+    for T in (1, 17, 65):
+        x = arguments(T, 3)[:6]
+        assert torch.equal(program.module()(*x), Score()(*x))
+
+
+def test_export_of_step():
+    program = exported(Decode(), tokens(2), "batch")
+    assert calls(program) == [torch.ops.gdn2.step.default]
+    for B in (1, 2, 5):
+        for y, z in zip(program.module()(*tokens(B)), Decode()(*tokens(B))):
+            assert torch.equal(y, z)
+
+
+def test_export_of_step_inplace():
+    program = exported(DecodeInPlace(), tokens(2), "batch")
+    assert calls(program) == [torch.ops.gdn2.step_inplace.default]
+    for B in (1, 2, 5):
+        x, y = tokens(B), tokens(B)
+        assert torch.equal(program.module()(*x), DecodeInPlace()(*y))
+        assert torch.equal(x[6], y[6]) and not torch.equal(x[6], tokens(B)[6])
