@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-BATCH, SEQUENCE, PAST = "batch", "sequence", "past"
+BATCH, SEQUENCE = "batch", "sequence"
 STATE_NAMES = "{when}.{layer}.{field}"  # onnxruntime-genai's default: past.0.recurrent, present.0.recurrent
 
 
@@ -66,23 +66,17 @@ def flatten_language_model(model: nn.Module, *, state_names: str = STATE_NAMES) 
         )
     batch, tokens = 2, 3
     state = cast(Any, model).initial_state(batch)
-    batch_dim, sequence_dim, past_dim = Dim(BATCH), Dim(SEQUENCE), Dim(PAST, min=0)
+    batch_dim, sequence_dim = Dim(BATCH), Dim(SEQUENCE)
     device = next(model.parameters()).device
     input_ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
-    names, past, shapes = [], [], []
-    for layer, fields in enumerate(state):
-        for field, x in fields._asdict().items():
-            if x is None:
-                continue
-            names.append((layer, field))
-            # An axis of length 0 is a window that grows; every other axis but the batch is fixed.
-            growing = {axis: past_dim for axis, size in enumerate(x.shape) if size == 0}
-            past.append(x.new_zeros([size or tokens for size in x.shape]))
-            shapes.append({0: batch_dim} | growing)
+    names = [
+        (layer, field) for layer, fields in enumerate(state) for field, x in fields._asdict().items() if x is not None
+    ]
+    past = pytree.tree_leaves(state)
     return FlatProgram(
         module=FlatModel(model, state).train(model.training),
         args=(input_ids, *past),
-        dynamic_shapes={"input_ids": {0: batch_dim, 1: sequence_dim}, "past": tuple(shapes)},
+        dynamic_shapes={"input_ids": {0: batch_dim, 1: sequence_dim}, "past": ({0: batch_dim},) * len(past)},
         input_names=["input_ids", *(state_names.format(when="past", layer=i, field=f) for i, f in names)],
         output_names=["logits", *(state_names.format(when="present", layer=i, field=f) for i, f in names)],
     )

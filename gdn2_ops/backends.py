@@ -16,13 +16,13 @@ class TorchBackend:
 
     Args:
         model: in evaluation mode.
-        compiled: run `torch.compile(fullgraph=True, dynamic=True)` of the model's forward and decode.
+        compiled: run `torch.compile(fullgraph=True)` of the model's forward, one graph for every length, and decode.
     """
 
     def __init__(self, model: GDN2LM, *, compiled: bool = False) -> None:
-        self._forward, self._decode = model.forward, model.decode
+        self._forward, self._decode, self._compiled = model.forward, model.decode, compiled
         if compiled:
-            self._forward = torch.compile(model.forward, fullgraph=True, dynamic=True)
+            self._forward = torch.compile(model.forward, fullgraph=True)
             self._decode = torch.compile(model.decode, fullgraph=True)
 
     @torch.no_grad()
@@ -31,5 +31,7 @@ class TorchBackend:
         if state is not None and rows.shape[1] == 1:
             logits, state = self._decode(rows[:, 0], state)
             return logits.unsqueeze(1).float().numpy(), state
+        if self._compiled:
+            torch._dynamo.decorators.mark_unbacked(rows, 1)
         logits, state = self._forward(rows, state)
         return logits.float().numpy(), state

@@ -40,10 +40,28 @@ class _Inputs(NamedTuple):
 
 
 class WindowState(NamedTuple):
-    """k, v: [B, heads, L, head_dim], the last L < window keys (before the rotation) and values."""
+    """k, v: [B, heads, window - 1, head_dim], the last keys (before the rotation) and values, the newest last.
+    length: [B] int64, how many of them are there yet."""
 
     k: Tensor
     v: Tensor
+    length: Tensor
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) * weight over the last axis, in float32. Source: arXiv 1910.07467.
+
+    torch.nn.RMSNorm asks whether a size is greater than 1, which keeps one graph from serving every number of tokens.
+    """
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_float = x.float()
+        return (x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
 class GatedDeltaNet2(nn.Module):
@@ -115,7 +133,7 @@ class GatedDeltaNet2(nn.Module):
             )
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(key_dim))
-        self.o_norm = nn.RMSNorm(self.head_v_dim, eps=norm_eps)
+        self.o_norm = RMSNorm(self.head_v_dim, eps=norm_eps)
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
         self.reset_parameters()
 
@@ -168,14 +186,16 @@ class GatedDeltaNet2(nn.Module):
         return _Inputs(q, k, v.unflatten(-1, values), g, b, w), conv
 
     def _convolve(self, x_BTC: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
-        past = self.conv_size - 1
-        x_BCT = x_BTC.mT
+        """Causal depthwise convolution as a sum of shifted inputs, which compilers fuse with what stands around it."""
+        T, past = x_BTC.shape[1], self.conv_size - 1
         if conv is None:
-            conv = x_BCT.new_zeros(x_BCT.shape[0], x_BCT.shape[1], past)
-        x_BCT = torch.cat((conv, x_BCT), -1)
-        weight_C1W = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))
-        y_BCT = F.conv1d(x_BCT, weight_C1W, groups=sum(self.channels))
-        return y_BCT.mT, x_BCT[..., -past:].contiguous()
+            conv = x_BTC.new_zeros(x_BTC.shape[0], x_BTC.shape[2], past)
+        seen_BTC = torch.cat((conv.mT, x_BTC), 1)
+        weight_CW = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight)).squeeze(1)
+        y_BTC = seen_BTC[:, :T] * weight_CW[:, 0]
+        for j in range(1, self.conv_size):
+            y_BTC = y_BTC + seen_BTC[:, j : j + T] * weight_CW[:, j]
+        return y_BTC, seen_BTC[:, T:].mT.contiguous()
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         gate = OUTPUT_GATES[self.output_gate](self.g_proj(x)).unflatten(-1, o.shape[-2:])
@@ -207,19 +227,25 @@ class SlidingWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, state: WindowState | None = None) -> tuple[Tensor, WindowState]:
         """x [B, T, hidden_size] -> y [B, T, hidden_size] and the last window - 1 keys and values."""
-        heads = (self.num_heads, self.head_dim)
+        heads, T = (self.num_heads, self.head_dim), x.shape[1]
         q, k, v = (p(x).unflatten(-1, heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if state is not None:
-            k, v = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
-        T, seen = x.shape[1], k.shape[2]
-        position = torch.arange(seen, device=x.device)
-        age_TL = position[seen - T :, None] - position
-        visible_TL = (age_TL >= 0) & (age_TL < self.window)
-        o = F.scaled_dot_product_attention(
-            self._rotate(q, position[seen - T :]), self._rotate(k, position), v, attn_mask=visible_TL
+        before = self.initial_state(x.shape[0]) if state is None else state
+        seen_k, seen_v = torch.cat((before.k, k), 2), torch.cat((before.v, v), 2)
+        after = WindowState(
+            seen_k[:, :, T:].clone(), seen_v[:, :, T:].clone(), (before.length + T).clamp(max=self.window - 1)
         )
-        kept = WindowState(*(y[:, :, max(0, seen - self.window + 1) :].contiguous() for y in (k, v)))
-        return self.o_proj(o.transpose(1, 2).flatten(-2)), kept
+        if state is not None:
+            k, v = seen_k, seen_v
+        past = k.shape[2] - T
+        position = torch.arange(past + T, device=x.device)
+        age_TL = position[past:, None] - position
+        visible_BHTL = ((age_TL >= 0) & (age_TL < self.window))[None, None]
+        if state is not None:
+            visible_BHTL = visible_BHTL & (position >= past - before.length[:, None])[:, None, None]
+        o = F.scaled_dot_product_attention(
+            self._rotate(q, position[past:]), self._rotate(k, position), v, attn_mask=visible_BHTL
+        )
+        return self.o_proj(o.transpose(1, 2).flatten(-2)), after
 
     def step(self, x: Tensor, state: WindowState) -> tuple[Tensor, WindowState]:
         """x [B, hidden_size], one token -> y [B, hidden_size] and the state after it."""
@@ -227,9 +253,10 @@ class SlidingWindowAttention(nn.Module):
         return y_B1D.squeeze(1), state
 
     def initial_state(self, batch: int) -> WindowState:
-        """The state before the first token: no keys."""
-        empty = self.q_proj.weight.new_zeros(batch, self.num_heads, 0, self.head_dim)
-        return WindowState(empty, empty.clone())
+        """The state before the first token: no keys yet."""
+        like = self.q_proj.weight
+        k, v = (like.new_zeros(batch, self.num_heads, self.window - 1, self.head_dim) for _ in range(2))
+        return WindowState(k, v, like.new_zeros(batch, dtype=torch.int64))
 
     def _rotate(self, x_BHTD: Tensor, position_T: Tensor) -> Tensor:
         half = self.head_dim // 2

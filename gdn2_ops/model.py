@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gdn2_ops.layers import GatedDeltaNet2, GDN2State, SlidingWindowAttention, WindowState
+from gdn2_ops.layers import GatedDeltaNet2, GDN2State, RMSNorm, SlidingWindowAttention, WindowState
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 LayerState = GDN2State | WindowState
@@ -114,9 +114,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GDN2Config, mixer: Mixer) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = mixer
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, LayerState]:
@@ -147,7 +147,7 @@ class GDN2LM(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, _mixer(config, i)) for i in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.embed.weight, std=config.hidden_size**-0.5)

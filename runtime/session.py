@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-BATCH = "batch"  # the name of the batch axis in the file; other named axes are windows, empty at the beginning
 
 
 class OnnxRuntimeBackend:
@@ -48,5 +47,4 @@ class OnnxRuntimeBackend:
 
     @staticmethod
     def _empty(x: Any, batch: int) -> NDArray:
-        shape = [size if isinstance(size, int) else batch if size == BATCH else 0 for size in x.shape]
-        return np.zeros(shape, _TYPES[x.type])
+        return np.zeros([size if isinstance(size, int) else batch for size in x.shape], _TYPES[x.type])
