@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+NATIVE := CMakeLists.txt $(wildcard custom_ops/native/CMakeLists.txt custom_ops/native/*.cpp custom_ops/native/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format train clean
@@ -12,7 +13,7 @@ help:  ## this list
 
 install: $(STAMP)  ## the environment in .venv: pinned packages and this one, editable
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("gdn2-ops needs Python >= 3.10, got " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv module: install it (Debian: apt-get install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt torch

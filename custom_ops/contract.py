@@ -31,7 +31,10 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 MAX_HEAD_SIZE = 256
 
 for _name, _schema in SCHEMAS.items():
-    LIB.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # The schemas are defined by the native library, so that a process without Python has them; here they are the text.
+    _wanted, _found = torch._C.parse_schema(f"gdn2::{_name}{_schema}"), getattr(torch.ops.gdn2, _name).default._schema
+    if str(_wanted) != str(_found):
+        raise ImportError(f"gdn2_ops: its native library is of another version: expected {_wanted}, got {_found}")
 
 
 def check_chunk(
@@ -109,8 +112,8 @@ def check_chunk_backward(
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor | None, T: int) -> None:
-    """Raises ValueError unless cu_seqlens rises from 0 to T. Reads values: for kernels, not for fakes."""
-    if cu_seqlens is None:
+    """Raises ValueError unless cu_seqlens rises from 0 to T. Reads values, so fakes do not call it."""
+    if cu_seqlens is None or not _has_values(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != T or any(begin > end for begin, end in pairwise(bounds)):
@@ -120,8 +123,8 @@ def check_cu_seqlens_values(cu_seqlens: Tensor | None, T: int) -> None:
 
 
 def check_slots_values(slots: Tensor | None, pool: int) -> None:
-    """Raises ValueError unless slots are distinct rows of the pool. Reads values: for kernels, not for fakes."""
-    if slots is None:
+    """Raises ValueError unless slots are distinct rows of the pool. Reads values, so fakes do not call it."""
+    if slots is None or not _has_values(slots):
         return
     rows = slots.tolist()
     if any(row < 0 or row >= pool for row in rows) or len(set(rows)) != len(rows):
@@ -204,6 +207,10 @@ def _expect_index(op: str, name: str, x: Tensor, q: Tensor) -> None:
     if x.dtype not in INDEX_DTYPES:
         raise TypeError(f"{op}: expected {name} of dtype int32 or int64, got {_dtype(x)}; use {name}.long()")
     _expect_device(op, name, x, q)
+
+
+def _has_values(x: Tensor) -> bool:
+    return type(x) is Tensor and x.device.type == "cpu"
 
 
 def _shape(x: Tensor) -> tuple:

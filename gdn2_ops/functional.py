@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn2_ops import custom_ops as _registration  # noqa: F401
+from gdn2_ops.custom_ops import contract
 
 
 class GDN2Output(NamedTuple):
@@ -53,6 +53,9 @@ def chunk(
     Differentiable once in every floating tensor. The values of g, b, w and k are not checked: with b up to 1
     and no decay a state can still grow (docs/derivation.md, Stability). Source: arXiv 2605.22791, eq. 10.
     """
+    if not torch.compiler.is_compiling():  # compiled and exported programs are checked once, by the fakes
+        contract.check_chunk(q, k, v, g, b, w, state, cu_seqlens)
+        contract.check_cu_seqlens_values(cu_seqlens, q.shape[1])
     return GDN2Output(*torch.ops.gdn2.chunk(q, k, v, g, b, w, state, cu_seqlens, _scale(scale, q)))
 
 
@@ -70,6 +73,8 @@ def step(
     Raises: ValueError, TypeError: an argument does not match the list above.
     Differentiable once in every tensor. Source: arXiv 2605.22791, eq. 10.
     """
+    if not torch.compiler.is_compiling():
+        contract.check_step(q, k, v, g, b, w, state)
     return GDN2Output(*torch.ops.gdn2.step(q, k, v, g, b, w, state, _scale(scale, q)))
 
 
@@ -97,6 +102,9 @@ def step_inplace(
     Raises: ValueError, TypeError: an argument does not match the list above. RuntimeError: a gradient is asked for.
     Source: arXiv 2605.22791, eq. 10.
     """
+    if not torch.compiler.is_compiling():
+        contract.check_step_inplace(q, k, v, g, b, w, state, slots)
+        contract.check_slots_values(slots, state.shape[0])
     return torch.ops.gdn2.step_inplace(q, k, v, g, b, w, state, slots, _scale(scale, q))
 
 

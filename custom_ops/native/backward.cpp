@@ -1,0 +1,263 @@
+// Vector-Jacobian product of chunk, in chunks of C = CHUNK tokens. Per chunk, with S the state before it, z = w*v, e = b*k,
+// kd_ij = a_{j+1} .. a_i k_j, gamma_i = a_1 .. a_i (keys.h):
+//
+//   T_ij = e_i.kd_ij (j < i)      Q_ij = q_i.kd_ij (j <= i)      E = gamma*e      W_j = kd_Cj
+//   R = (I + T)^-1 (Z - E S)      O = scale * ((gamma*q) S + Q R)      S_C = Diag(gamma_C) S + W^T R
+//
+// and, with P = scale * dO:
+//
+//   dR = Q^T P + W dS_C           dX = (I + T)^-T dR      dw = dX*v      dv = dX*w
+//   dS = (gamma*q)^T P + Diag(gamma_C) dS_C - E^T dX
+//   d(gamma*q) = P S^T      d(-E) = dX S^T      dW = R dS_C^T      dgamma_C = rowsum(dS_C * S)
+//   dQ = tril(P R^T)        dT = -tril(dX R^T, -1)
+//
+// A lane owns PART columns of one value head; it keeps its states of a segment of the sequence and runs the chunks backwards.
+// What sums over V comes out as one Partial for each lane and chunk; backward_chunk_keys adds them and finishes q k g b.
+#include "keys.h"
+
+namespace gdn2 {
+namespace GDN2_ISA {
+namespace {
+
+constexpr int64_t SEGMENT = 128;  // chunks whose states are kept; a longer sequence is recomputed from segment to segment
+
+struct Lane {
+  int64_t hv, v, width, N;  // value head, first column, columns, columns padded to vectors
+  float* states;            // [SEGMENT + 1, K_padded, N]
+  float* solved;            // R [SEGMENT, CHUNK, N]
+  float* checkpoints;       // [segments, K_padded, N]
+  float* d_state;           // [K_padded, N]
+};
+
+// Buffers of one lane and chunk, shared by all lanes of a task.
+struct Work {
+  float* rows;      // P, then dX: [2 CHUNK, N]
+  float* rows_t;    // [N, 2 CHUNK]
+  float* solved_t;  // [N, CHUNK]
+};
+
+struct Task {
+  const ChunkBackward& args;
+  int64_t n, h;
+  Span at;
+  int64_t K_padded, chunks;
+  Keys& keys;
+  Scores* scores;  // [SEGMENT]
+  Work work;
+
+  int64_t count(int64_t i_chunk) const { return smaller(CHUNK, at.length - i_chunk * CHUNK); }
+  int64_t token(int64_t i_chunk) const { return at.token + i_chunk * CHUNK; }
+};
+
+Lane make_lane(const Heads& heads, int64_t h, int64_t i_lane) {
+  const int64_t parts = ceil_div(heads.V, PART), v = i_lane % parts * PART, width = smaller(PART, heads.V - v);
+  return {h * (heads.HV / heads.H) + i_lane / parts, v, width, ceil_div(width, COLUMNS) * COLUMNS,
+          nullptr, nullptr, nullptr, nullptr};
+}
+
+void load_state(const Task& task, const Lane& lane, const float* state, float* out) {
+  const int64_t K = task.args.in.heads.K, V = task.args.in.heads.V;
+  if (state != nullptr) state += (task.n * task.args.in.heads.HV + lane.hv) * K * V + lane.v;
+  for (int64_t d = 0; d < task.K_padded; ++d) {
+    for (int64_t c = 0; c < lane.N; c += LANES) {
+      const bool inside = state != nullptr && d < K && c < lane.width;
+      store(out + d * lane.N + c, inside ? load(state + d * V + c, lane.width - c) : set(0.0f));
+    }
+  }
+}
+
+void store_state(const Task& task, const Lane& lane, const float* state, float* out) {
+  const int64_t K = task.args.in.heads.K, V = task.args.in.heads.V;
+  out += (task.n * task.args.in.heads.HV + lane.hv) * K * V + lane.v;
+  for (int64_t d = 0; d < K; ++d) {
+    for (int64_t c = 0; c < lane.width; c += LANES) store(out + d * V + c, load(state + d * lane.N + c), lane.width - c);
+  }
+}
+
+// R of the chunk, and the state after it from the state before it.
+template <class T>
+void forward_chunk(const Task& task, const Lane& lane, int64_t i_chunk, int64_t at_segment) {
+  const Sequences& in = task.args.in;
+  const int64_t N = lane.N, count = task.count(i_chunk), at_v = lane.hv * in.heads.V + lane.v;
+  float* solved = lane.solved + at_segment * CHUNK * N;
+  float* state = lane.states + at_segment * task.K_padded * N;
+  for (int64_t i = 0; i < CHUNK; ++i) {
+    for (int64_t c = 0; c < N; c += LANES) {
+      Vec z = set(0.0f);
+      if (i < count && c < lane.width) {
+        z = load(row<T>(in.v, task.at.batch, task.token(i_chunk) + i, at_v + c), lane.width - c) *
+            load(row<T>(in.w, task.at.batch, task.token(i_chunk) + i, at_v + c), lane.width - c);
+      }
+      store(solved + i * N + c, z);
+    }
+  }
+  const Left minus_erase = {task.keys.read_erase[CHUNK], ROW, 1}, write_t = {task.keys.write_CK[0], 1, ROW};
+  product<Start::add>(CHUNK, N, task.K_padded, minus_erase, state, N, solved, nullptr, solved, N);
+  solve_lower(task.scores[at_segment].t_CC, solved, N);
+  product<Start::scaled>(task.K_padded, N, CHUNK, write_t, solved, N, state, task.keys.decay_K, state + task.K_padded * N, N);
+}
+
+// Gradients of v and w of the chunk, the lane's partial, and d_state carried from after the chunk to before it.
+template <class T>
+void backward_chunk_lane(const Task& task, const Lane& lane, int64_t i_chunk, int64_t at_segment, float* partial) {
+  const Sequences& in = task.args.in;
+  const int64_t N = lane.N, K = task.K_padded, V = in.heads.V, count = task.count(i_chunk), at_v = lane.hv * V + lane.v;
+  const float* state = lane.states + at_segment * K * N;
+  const float* solved = lane.solved + at_segment * CHUNK * N;
+  const Scores& scores = task.scores[at_segment];
+  float *p = task.work.rows, *dx = p + CHUNK * N;
+
+  const Vec scale = set(in.scale);
+  for (int64_t i = 0; i < CHUNK; ++i) {
+    for (int64_t c = 0; c < N; c += LANES) {
+      const bool inside = i < count && c < lane.width;
+      const T* d_o = row<T>(task.args.do_, task.at.batch, task.token(i_chunk) + smaller(i, count - 1), at_v + c);
+      store(p + i * N + c, inside ? load(d_o, lane.width - c) * scale : set(0.0f));
+    }
+  }
+  transposed_lower_times(scores.read_CC, p, dx, N);
+  product<Start::add>(CHUNK, N, K, {task.keys.write_CK[0], ROW, 1}, lane.d_state, N, dx, nullptr, dx, N);
+  solve_upper(scores.t_CC, dx, N);
+
+  const int64_t at_out = ((task.at.batch * in.T + task.token(i_chunk)) * in.heads.HV) * V + at_v;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < lane.width; c += LANES) {
+      const int64_t left = lane.width - c, at = at_out + i * in.heads.HV * V + c;
+      const Vec dz = load(dx + i * N + c);
+      const Vec v = load(row<T>(in.v, task.at.batch, task.token(i_chunk) + i, at_v + c), left);
+      const Vec w = load(row<T>(in.w, task.at.batch, task.token(i_chunk) + i, at_v + c), left);
+      store(static_cast<T*>(task.args.dv) + at, dz * w, left);
+      store(static_cast<T*>(task.args.dw) + at, dz * v, left);
+    }
+  }
+
+  const Partial out(partial, K);
+  transpose(2 * CHUNK, N, p, N, task.work.rows_t, 2 * CHUNK);
+  transpose(CHUNK, N, solved, N, task.work.solved_t, CHUNK);
+  const float *rows_t = task.work.rows_t, *solved_t = task.work.solved_t;
+  product<Start::zero>(K, 2 * CHUNK, N, {state, N, 1}, rows_t, 2 * CHUNK, nullptr, nullptr, out.d_read_erase, 2 * CHUNK);
+  product<Start::zero>(K, CHUNK, N, {lane.d_state, N, 1}, solved_t, CHUNK, nullptr, nullptr, out.d_write, CHUNK);
+  product<Start::zero>(2 * CHUNK, CHUNK, N, {p, N, 1}, solved_t, CHUNK, nullptr, nullptr, out.d_scores, CHUNK);
+  for (int64_t d = 0; d < K; ++d) {
+    Vec sums = set(0.0f);
+    for (int64_t c = 0; c < N; c += LANES) sums = fma(load(state + d * N + c), load(lane.d_state + d * N + c), sums);
+    out.d_decay[d] = sum(sums);
+  }
+  product<Start::scaled>(K, N, 2 * CHUNK, {task.keys.read_erase[0], 1, ROW}, p, N, lane.d_state, task.keys.decay_K,
+                         lane.d_state, N);
+}
+
+// States and R of a segment, from the state in its first slot; the last slot ends up with the state after it.
+template <class T>
+void forward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int64_t i_segment) {
+  const int64_t first = i_segment * SEGMENT, end = smaller(first + SEGMENT, task.chunks);
+  for (int64_t i = 0; i < n_lanes; ++i) {
+    const int64_t size = task.K_padded * lanes[i].N;
+    std::memcpy(lanes[i].states, lanes[i].checkpoints + i_segment * size, static_cast<size_t>(size) * sizeof(float));
+  }
+  for (int64_t i_chunk = first; i_chunk < end; ++i_chunk) {
+    load_keys<T>(task.keys, task.args.in, task.at.batch, task.token(i_chunk), task.h, task.count(i_chunk));
+    score_keys(task.scores[i_chunk - first], task.keys, task.K_padded);
+    for (int64_t i = 0; i < n_lanes; ++i) forward_chunk<T>(task, lanes[i], i_chunk, i_chunk - first);
+  }
+}
+
+template <class T>
+void backward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int64_t i_segment, float* partials, bool finish) {
+  const Heads& heads = task.args.in.heads;
+  const int64_t first = i_segment * SEGMENT, end = smaller(first + SEGMENT, task.chunks), floats = partial_floats(heads);
+  for (int64_t i_chunk = end - 1; i_chunk >= first; --i_chunk) {
+    load_keys<T>(task.keys, task.args.in, task.at.batch, task.token(i_chunk), task.h, task.count(i_chunk));
+    float* at = partials + (finish ? 0 : i_chunk * lanes_of(heads) * floats);
+    for (int64_t i = 0; i < n_lanes; ++i) backward_chunk_lane<T>(task, lanes[i], i_chunk, i_chunk - first, at + i * floats);
+    if (finish) {
+      const int64_t at_out = ((task.at.batch * task.args.in.T + task.token(i_chunk)) * heads.H + task.h) * heads.K;
+      backward_chunk_keys<T>(task.args, task.keys, at_out, task.count(i_chunk), partials);
+    }
+  }
+}
+
+template <class T>
+void backward_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane_begin, int64_t lane_end, float* partials) {
+  const Heads& heads = args.in.heads;
+  const int64_t K = ceil_div(heads.K, COLUMNS) * COLUMNS, n_lanes = lane_end - lane_begin, floats = partial_floats(heads);
+  const Span at = span(args.in, n);
+  const int64_t chunks = ceil_div(at.length, CHUNK), kept = smaller(chunks, SEGMENT);
+  const int64_t segments = chunks == 0 ? 1 : ceil_div(chunks, SEGMENT);
+  const bool finish = partials == nullptr;
+
+  int64_t columns = 0;
+  for (int64_t i = lane_begin; i < lane_end; ++i) columns += make_lane(heads, h, i).N;
+  const Scratch state_memory(columns * ((kept + 1 + segments + 1) * K + kept * CHUNK));
+  const Scratch chunk_memory((static_cast<int64_t>(sizeof(Keys)) + kept * static_cast<int64_t>(sizeof(Scores))) / 4 +
+                             5 * CHUNK * PART + (finish ? n_lanes * floats : 0));
+  const Scratch lane_memory(n_lanes * static_cast<int64_t>(sizeof(Lane)) / 4);
+
+  Keys& keys = *reinterpret_cast<Keys*>(chunk_memory.data);
+  Scores* scores = reinterpret_cast<Scores*>(&keys + 1);
+  float* rows = reinterpret_cast<float*>(scores + kept);
+  const Work work = {rows, rows + 2 * CHUNK * PART, rows + 4 * CHUNK * PART};
+  const Task task = {args, n, h, at, K, chunks, keys, scores, work};
+
+  Lane* lanes = reinterpret_cast<Lane*>(lane_memory.data);
+  float* memory = state_memory.data;
+  for (int64_t i = 0; i < n_lanes; ++i) {
+    Lane& lane = lanes[i] = make_lane(heads, h, lane_begin + i);
+    lane.states = memory;
+    lane.solved = lane.states + (kept + 1) * K * lane.N;
+    lane.checkpoints = lane.solved + kept * CHUNK * lane.N;
+    lane.d_state = lane.checkpoints + segments * K * lane.N;
+    memory = lane.d_state + K * lane.N;
+    load_state(task, lane, args.in.state, lane.checkpoints);
+    load_state(task, lane, args.dstate, lane.d_state);
+  }
+  for (int64_t s = 0; s < segments; ++s) {
+    forward_segment<T>(task, lanes, n_lanes, s);
+    for (int64_t i = 0; s + 1 < segments && i < n_lanes; ++i) {
+      const int64_t size = K * lanes[i].N;
+      const float* end_state = lanes[i].states + SEGMENT * size;
+      std::memcpy(lanes[i].checkpoints + (s + 1) * size, end_state, static_cast<size_t>(size) * sizeof(float));
+    }
+  }
+  float* at_partials = finish ? rows + 5 * CHUNK * PART : partials + lane_begin * floats;
+  for (int64_t s = segments - 1; s >= 0; --s) {
+    if (s + 1 < segments) forward_segment<T>(task, lanes, n_lanes, s);
+    backward_segment<T>(task, lanes, n_lanes, s, at_partials, finish);
+  }
+  for (int64_t i = 0; args.dstate_in != nullptr && i < n_lanes; ++i) {
+    store_state(task, lanes[i], lanes[i].d_state, args.dstate_in);
+  }
+}
+
+template <class T>
+void backward_keys_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t i_chunk, const float* partials) {
+  const Heads& heads = args.in.heads;
+  const Span at = span(args.in, n);
+  const int64_t count = smaller(CHUNK, at.length - i_chunk * CHUNK), token = at.token + i_chunk * CHUNK;
+  const Scratch memory(sizeof(Keys) / sizeof(float));
+  Keys& keys = *reinterpret_cast<Keys*>(memory.data);
+  load_keys<T>(keys, args.in, at.batch, token, h, count);
+  backward_chunk_keys<T>(args, keys, ((at.batch * args.in.T + token) * heads.H + h) * heads.K, count,
+                         partials + i_chunk * lanes_of(heads) * partial_floats(heads));
+}
+
+}  // namespace
+
+void backward_lanes(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane_begin, int64_t lane_end, float* partials) {
+  switch (args.in.type) {
+    case Type::f32: return backward_task<float>(args, n, h, lane_begin, lane_end, partials);
+    case Type::bf16: return backward_task<BFloat16>(args, n, h, lane_begin, lane_end, partials);
+    case Type::f16: return backward_task<Float16>(args, n, h, lane_begin, lane_end, partials);
+  }
+}
+
+void backward_keys(const ChunkBackward& args, int64_t n, int64_t h, int64_t i_chunk, const float* partials) {
+  switch (args.in.type) {
+    case Type::f32: return backward_keys_task<float>(args, n, h, i_chunk, partials);
+    case Type::bf16: return backward_keys_task<BFloat16>(args, n, h, i_chunk, partials);
+    case Type::f16: return backward_keys_task<Float16>(args, n, h, i_chunk, partials);
+  }
+}
+
+}  // namespace GDN2_ISA
+}  // namespace gdn2

@@ -1,0 +1,132 @@
+// Chooses the instruction set and cuts each operator into tasks: one for each sequence and head, and, when these are too few
+// for the threads, several for the columns of a value head, which are independent of each other.
+#include "core.h"
+
+#include <atomic>
+#include <cstdlib>
+
+#include "kernels.h"
+
+namespace gdn2 {
+namespace {
+
+bool has(Isa isa) {
+#if defined(GDN2_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == Isa::avx2) return avx2;
+  if (isa == Isa::avx512) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return isa == Isa::portable;
+}
+
+Isa best() { return has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::portable; }
+
+std::atomic<Isa> chosen{best()};
+
+template <class Body>
+void parallel(const ThreadPool& pool, int64_t tasks, Body& body) {
+  if (pool.run == nullptr || tasks < 2) {
+    for (int64_t i = 0; i < tasks; ++i) body(i);
+    return;
+  }
+  pool.run(pool.context, tasks, [](void* closure, int64_t i) { (*static_cast<Body*>(closure))(i); }, &body);
+}
+
+// How many tasks to make of each of `items` equal items, which consist of `units` parts and cost one part more to set up.
+int64_t splits(int64_t items, int64_t units, const ThreadPool& pool) {
+  const int64_t threads = pool.run == nullptr || pool.threads < 1 ? 1 : pool.threads;
+  int64_t best_splits = 1, best_cost = INT64_MAX;
+  for (int64_t s = 1; s <= units; ++s) {
+    const int64_t cost = ceil_div(items * s, threads) * (ceil_div(units, s) + 1);
+    if (cost < best_cost) {
+      best_cost = cost;
+      best_splits = s;
+    }
+  }
+  return best_splits;
+}
+
+// body(item, begin, end) over all items and parts of [0, units).
+template <class Body>
+void parallel_parts(const ThreadPool& pool, int64_t items, int64_t units, Body body) {
+  const int64_t s = splits(items, units, pool);
+  auto task = [=](int64_t i) { body(i / s, units * (i % s) / s, units * (i % s + 1) / s); };
+  parallel(pool, items * s, task);
+}
+
+// Lanes of one key head on several threads: they leave their partials in memory, and a second round adds them, chunk by chunk.
+void backward_in_two_rounds(const ChunkBackward& args, const ThreadPool& pool) {
+  const Heads& heads = args.in.heads;
+  const int64_t items = args.in.N * heads.H, lanes = lanes_of(heads);
+  int64_t chunks = 0;
+  for (int64_t n = 0; n < args.in.N; ++n) chunks += ceil_div(span(args.in, n).length, CHUNK);
+  const int64_t chunk_floats = lanes * partial_floats(heads);
+  const size_t bytes = static_cast<size_t>(chunks * heads.H * chunk_floats) * sizeof(float);
+  float* partials = static_cast<float*>(std::malloc(bytes + 1));
+  int64_t* at_chunk = static_cast<int64_t*>(std::malloc(static_cast<size_t>(items + 1) * sizeof(int64_t)));
+  if (partials == nullptr || at_chunk == nullptr) std::abort();
+  at_chunk[0] = 0;
+  for (int64_t i = 0; i < items; ++i) at_chunk[i + 1] = at_chunk[i] + ceil_div(span(args.in, i / heads.H).length, CHUNK);
+
+  parallel_parts(pool, items, lanes, [&](int64_t i, int64_t begin, int64_t end) {
+    kernels().backward_lanes(args, i / heads.H, i % heads.H, begin, end, partials + at_chunk[i] * chunk_floats);
+  });
+  auto finish = [&](int64_t task) {
+    int64_t i = 0;
+    while (at_chunk[i + 1] <= task) ++i;  // fewer items than threads
+    kernels().backward_keys(args, i / heads.H, i % heads.H, task - at_chunk[i], partials + at_chunk[i] * chunk_floats);
+  };
+  parallel(pool, at_chunk[items], finish);
+  std::free(at_chunk);
+  std::free(partials);
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+#if defined(GDN2_X86)
+  const Isa isa = chosen.load(std::memory_order_relaxed);
+  if (isa == Isa::avx512) return avx512::table;
+  if (isa == Isa::avx2) return avx2::table;
+#endif
+  return portable::table;
+}
+
+Isa isa() { return chosen.load(std::memory_order_relaxed); }
+
+bool set_isa(Isa isa) {
+  if (!has(isa)) return false;
+  chosen.store(isa, std::memory_order_relaxed);
+  return true;
+}
+
+void step(const Step& args, const ThreadPool& pool) {
+  const int64_t HV = args.heads.HV, V = args.heads.V;
+  const auto run = kernels().step;
+  parallel_parts(pool, args.N * HV, ceil_div(V, COLUMNS), [&args, run, HV, V](int64_t i, int64_t begin, int64_t end) {
+    run(args, i / HV, i % HV, begin * COLUMNS, smaller(end * COLUMNS, V));
+  });
+}
+
+void chunk(const Chunk& args, const ThreadPool& pool) {
+  const int64_t HV = args.in.heads.HV, V = args.in.heads.V;
+  const auto run = kernels().chunk;
+  parallel_parts(pool, args.in.N * HV, ceil_div(V, COLUMNS), [&args, run, HV, V](int64_t i, int64_t begin, int64_t end) {
+    run(args, i / HV, i % HV, begin * COLUMNS, smaller(end * COLUMNS, V));
+  });
+}
+
+void chunk_backward(const ChunkBackward& args, const ThreadPool& pool) {
+  const Heads& heads = args.in.heads;
+  const int64_t items = args.in.N * heads.H, lanes = lanes_of(heads);
+  if (splits(items, lanes, pool) > 1) return backward_in_two_rounds(args, pool);
+  const auto run = kernels().backward_lanes;
+  auto task = [&args, run, &heads, lanes](int64_t i) { run(args, i / heads.H, i % heads.H, 0, lanes, nullptr); };
+  parallel(pool, items, task);
+}
+
+}  // namespace gdn2
