@@ -13,15 +13,15 @@ FOLDERS = ("gdn2_ops", "custom_ops", "export", "runtime")  # the last three are 
 
 ABOVE = ("gdn2_ops", "functional", "gates", "layers", "model", "corpus", "backends", "export", "runtime", "demo", "cli")
 ARROWS = {
+    "compiled": (),  # finds compiled libraries
     # below the waist: how a number is made
     "reference": (),
     "kernels": ("kernels",),
     # the waist
     "contract": (),
-    "native_library": (),
     "dispatch": ("contract", "kernels"),
     "autograd": ("contract",),
-    "custom_ops": ("native_library", "contract", "dispatch", "autograd"),
+    "custom_ops": ("compiled", "contract", "dispatch", "autograd"),
     # above: who uses the operators
     "functional": ("contract",),
     "gates": (),
@@ -30,7 +30,7 @@ ARROWS = {
     "model": ("layers", "functional", "corpus"),
     "backends": ("model",),
     "export": ("export", "custom_ops"),
-    "runtime": ("runtime",),
+    "runtime": ("runtime", "compiled"),
     "demo": ("corpus", "backends", "model", "export", "runtime"),
     "cli": (*ABOVE, "contract"),  # `gdn2 info` lists the schemas
     "gdn2_ops": ("functional", "gates", "layers", "model", "reference"),
