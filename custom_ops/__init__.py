@@ -10,6 +10,6 @@ from gdn2_ops.compiled import find_library
 
 torch.ops.load_library(find_library("libgdn2_torch.so"))  # first: the others add to its schemas
 
-from gdn2_ops.custom_ops import autograd, contract, dispatch
+from gdn2_ops.custom_ops import autograd, contract, dispatch  # noqa: E402
 
 __all__ = ["autograd", "contract", "dispatch"]

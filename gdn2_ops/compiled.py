@@ -16,6 +16,6 @@ def find_library(name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ImportError(
-        f"gdn2_ops: expected {name} in one of {[str(folder) for folder in folders]}, got none; install the package with "
-        "a C++ compiler at hand: pip install --no-build-isolation ."
+        f"gdn2_ops: expected {name} in one of {[str(folder) for folder in folders]}, got none; "
+        "install the package with a C++ compiler at hand: pip install --no-build-isolation ."
     )
