@@ -7,7 +7,7 @@ import torch
 from gdn2_ops.custom_ops import contract
 
 
-def _save_chunk(ctx, inputs, output):
+def _save_inputs(ctx, inputs, output):
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
@@ -18,12 +18,6 @@ def _chunk_vjp(ctx, do, dfinal_state):
     do = torch.zeros_like(v) if do is None else do
     *grads, dstate = torch.ops.gdn2.chunk_backward(do, dfinal_state, q, k, v, g, b, w, state, cu_seqlens, ctx.scale)
     return *grads, None if state is None else dstate, None, None
-
-
-def _save_step(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
 
 
 def _step_vjp(ctx, do, dfinal_state):
@@ -56,7 +50,7 @@ def _step_inplace_below_autograd(keyset, q, k, v, g, b, w, state, slots, scale):
     return o
 
 
-torch.library.register_autograd("gdn2::chunk", _chunk_vjp, setup_context=_save_chunk, lib=contract.LIB)
-torch.library.register_autograd("gdn2::step", _step_vjp, setup_context=_save_step, lib=contract.LIB)
+torch.library.register_autograd("gdn2::chunk", _chunk_vjp, setup_context=_save_inputs, lib=contract.LIB)
+torch.library.register_autograd("gdn2::step", _step_vjp, setup_context=_save_inputs, lib=contract.LIB)
 torch.library.register_autograd("gdn2::chunk_backward", _refuse_second_order, lib=contract.LIB)
 contract.LIB.impl("step_inplace", _step_inplace_below_autograd, "Autograd", with_keyset=True)
