@@ -7,7 +7,7 @@ the same in every file and on every machine. `assert_as_good_as` is the only tol
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -15,9 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import gdn2_ops
 from gdn2_ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The specification in its two forms. Under an erase of two, or with equal keys, (I + T)^-1 has entries that cancel, and
+# chunks lose digits that the recurrence keeps: an operator may compute in either form, and have the error of either.
+FORMS = (reference.recurrent, *(partial(reference.chunkwise, chunk_size=C) for C in (16, 64)))
+OUTPUTS = ("o", "final state")
 NAMES = ("q", "k", "v", "g", "b", "w", "state")
 
 
@@ -41,16 +46,6 @@ class Case:
     @property
     def N(self) -> int:
         return self.B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-
-    @property
-    def forms(self) -> tuple[Callable, ...]:
-        """The forms of the specification whose error an operator may have.
-
-        Under an erase of two, (I + T)^-1 has entries of +-2 that never fade, and any chunk form loses digits that
-        the recurrence keeps: there both forms count.
-        """
-        in_chunks = tuple(partial(reference.chunkwise, chunk_size=C) for C in (16, 64))
-        return (reference.recurrent, *in_chunks) if self.erase == "two" else (reference.recurrent,)
 
 
 CASES = (
@@ -195,6 +190,17 @@ def assert_as_good_as(
     error = _largest(got.double() - want)
     allowed = 2 * (max(_largest(y.double() - want) for y in specifications) + rounding)
     assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_chunk_as_good_as_the_specification(case: Case, dtype: torch.dtype) -> None:
+    """o, final state and every gradient of `gdn2_ops.chunk`."""
+    x, options = inputs(case, dtype), {"cu_seqlens": bounds(case)}
+    do, dstate = cotangents(case, dtype)
+    want = gradients(reference.recurrent, x.double(), do.double(), dstate.double(), **options)
+    got = gradients(gdn2_ops.chunk, x, do, dstate, **options)
+    specifications = (gradients(form, x, do, dstate, **options) for form in FORMS)
+    for name, y, z, size, *same in zip((*OUTPUTS, *NAMES), got, want, gradient_sizes(want, x), *specifications):
+        assert_as_good_as(same, y, z, dtype, name, size)
 
 
 def _largest(x: Tensor) -> float:

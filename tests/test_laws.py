@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, Inputs, assert_as_good_as, bounds, exact, inputs
+from cases import CASES, DTYPES, FORMS, Case, Inputs, assert_as_good_as, bounds, exact, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +25,7 @@ def assert_law(got, case: Case, x: Inputs, **options) -> None:
     One rounding is measured by the values and states too: w v - r cancels, and a drawn case may have one channel.
     """
     terms = [y.abs().max().item() for y in (x.v, x.state) if y is not None and y.numel()]
-    specifications = (form(*x, **options) for form in case.forms)
+    specifications = (form(*x, **options) for form in FORMS)
     for name, y, z, *same in zip(("o", "final state"), got, exact(x, **options), *specifications):
         size = max([*terms, z.abs().max().item()]) if z.numel() else 0.0
         assert_as_good_as(same, y, z, x.q.dtype, name, size)

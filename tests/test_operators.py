@@ -8,9 +8,11 @@ from cases import (
     CASES,
     DTYPES,
     NAMES,
+    OUTPUTS,
     Case,
     Inputs,
     assert_as_good_as,
+    assert_chunk_as_good_as_the_specification,
     bounds,
     cotangents,
     gradient_sizes,
@@ -24,7 +26,6 @@ import gdn2_ops
 from gdn2_ops import reference
 
 OPS = torch.ops.gdn2
-OUTPUTS = ("o", "final state")
 SCHEMAS = (
     "gdn2::chunk(Tensor q, Tensor k, Tensor v, Tensor g, Tensor b, Tensor w, Tensor? state, Tensor? cu_seqlens, "
     "float scale) -> (Tensor o, Tensor final_state)",
@@ -125,13 +126,7 @@ def test_fakes_are_like_the_real_ones(name, variant, layout, dtype):
 @every_case
 @every_dtype
 def test_chunk_is_as_good_as_the_specification(case, dtype):
-    x, options = inputs(case, dtype), {"cu_seqlens": bounds(case)}
-    do, dstate = cotangents(case, dtype)
-    want = gradients(reference.recurrent, x.double(), do.double(), dstate.double(), **options)
-    got = gradients(gdn2_ops.chunk, x, do, dstate, **options)
-    specifications = (gradients(form, x, do, dstate, **options) for form in case.forms)
-    for name, y, z, size, *same in zip((*OUTPUTS, *NAMES), got, want, gradient_sizes(want, x), *specifications):
-        assert_as_good_as(same, y, z, dtype, name, size)
+    assert_chunk_as_good_as_the_specification(case, dtype)
 
 
 @every_dtype

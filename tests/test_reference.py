@@ -6,6 +6,7 @@ import torch
 from cases import (
     CASES,
     NAMES,
+    OUTPUTS,
     Case,
     Inputs,
     assert_equal_to,
@@ -19,7 +20,6 @@ from cases import (
 
 from gdn2_ops import reference
 
-OUTPUTS = ("o", "final state")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "core.h"
+#include "kernels.h"
 
 namespace {
 
@@ -241,6 +242,15 @@ Tensor step_inplace(const Tensor q, const Tensor k, const Tensor v, const Tensor
 }
 
 }  // namespace
+
+// For tests, which run every instruction set the machine has: the index of gdn2::Isa, and whether the machine has it.
+extern "C" __attribute__((visibility("default"))) int gdn2_isa() { return static_cast<int>(gdn2::isa()); }
+extern "C" __attribute__((visibility("default"))) int gdn2_set_isa(int isa) {
+  return gdn2::set_isa(static_cast<gdn2::Isa>(isa));
+}
+extern "C" __attribute__((visibility("default"))) void gdn2_exp(const float* x, float* y, int64_t count) {
+  gdn2::kernels().exp(x, y, count);
+}
 
 // The schemas stand in custom_ops/contract.py too, which compares them when it loads this library.
 #define GATES "Tensor q, Tensor k, Tensor v, Tensor g, Tensor b, Tensor w"

@@ -1,0 +1,101 @@
+"""The native CPU kernels with every instruction set of the machine: hard cases, odd sizes, threads, exponentials."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, DTYPES, Case, assert_chunk_as_good_as_the_specification, inputs
+
+import gdn2_ops
+from gdn2_ops.compiled import find_library
+
+LIBRARY = ctypes.CDLL(str(find_library("libgdn2_torch.so")))
+ISAS = {"portable": 0, "avx2": 1, "avx512": 2}
+ODD_SIZES = ((1, 1), (2, 3), (3, 17), (5, 33), (16, 16), (31, 70), (64, 129), (100, 100), (130, 8), (256, 256))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    best = LIBRARY.gdn2_isa()
+    if not LIBRARY.gdn2_set_isa(ISAS[request.param]):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    assert LIBRARY.gdn2_set_isa(best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_instruction_set_is_as_good_as_the_specification(isa, case, dtype):
+    assert_chunk_as_good_as_the_specification(case, dtype)
+
+
+@pytest.mark.parametrize("K, V", ODD_SIZES)
+def test_every_head_size(isa, K, V):
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(f"odd {K} {V}", 19, B=4 if K * V < 1000 else 1, H=2, HV=4, K=K, V=V)
+        assert_chunk_as_good_as_the_specification(case, dtype)
+        *rows, state = inputs(case, dtype)
+        whole = gdn2_ops.chunk(*rows, state)
+        for t in range(case.T):
+            o, state = gdn2_ops.step(*(x[:, t] for x in rows), state)
+            torch.testing.assert_close(o, whole.o[:, t], rtol=0.02 if dtype != torch.float32 else 1e-4, atol=1e-4)
+        torch.testing.assert_close(state, whole.state, rtol=1e-3, atol=1e-4)
+
+
+def test_the_number_of_threads_changes_nothing(isa):
+    """Bit for bit, with more heads than threads and with fewer, where the columns of a state are shared out."""
+    threads = torch.get_num_threads()
+    try:
+        for case in (Case("many heads", 70, B=3, H=2, HV=4), Case("one head", 70, H=1, HV=1, K=64, V=200)):
+            x = inputs(case, torch.float32)
+            results = []
+            for count in (1, 2, 3, 7):
+                torch.set_num_threads(count)
+                o, state = gdn2_ops.chunk(*x)
+                grads = torch.ops.gdn2.chunk_backward(o, state, *x, None, 0.3)
+                token = gdn2_ops.step(*(y[:, 0] for y in x[:6]), x.state)
+                results.append((o, state, *grads, *token))
+            for other in results[1:]:
+                assert all(torch.equal(y, z) for y, z in zip(results[0], other))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_state_may_be_its_own_successor(isa):
+    """step and step_inplace are the same bits; a pool is touched in the named rows only."""
+    *rows, state = inputs(Case("in place", 1, B=3, H=2, HV=4, K=40, V=24), torch.float32)
+    rows = [x[:, 0] for x in rows]
+    o, after = gdn2_ops.step(*rows, state)
+    pool = torch.full((6, *state.shape[1:]), float("nan"))
+    slots = torch.tensor([4, 0, 3])
+    pool[slots] = state
+    assert torch.equal(gdn2_ops.step_inplace(*rows, pool, slots=slots), o)
+    assert torch.equal(pool[slots], after)
+    assert pool[[1, 2, 5]].isnan().all()
+
+
+def test_exponentials_are_within_two_units_in_the_last_place(isa):
+    x = np.concatenate(
+        (
+            np.linspace(-104, 88.7, 1_000_003, dtype=np.float32),
+            -np.logspace(-38, 2, 200_003, dtype=np.float32),
+            np.array([0.0, -0.0, -87.33655, -103.97208], np.float32),
+        )
+    )
+    y = np.empty_like(x)
+    pointer = ctypes.POINTER(ctypes.c_float)
+    LIBRARY.gdn2_exp(x.ctypes.data_as(pointer), y.ctypes.data_as(pointer), ctypes.c_int64(x.size))
+    want = np.exp(x.astype(np.float64))
+    unit = np.maximum(np.spacing(want.astype(np.float32)).astype(np.float64), np.finfo(np.float32).tiny * 2**-23)
+    normal = want >= np.finfo(np.float32).tiny
+    assert (np.abs(y - want)[normal] <= 2 * unit[normal]).all()
+    assert (np.abs(y - want)[~normal] <= np.finfo(np.float32).tiny).all()  # a denormal may be flushed
+
+
+def test_exponentials_of_what_is_no_number(isa):
+    x = np.array([-np.inf, np.nan, -1e30, np.inf], np.float32)
+    y = np.empty_like(x)
+    pointer = ctypes.POINTER(ctypes.c_float)
+    LIBRARY.gdn2_exp(x.ctypes.data_as(pointer), y.ctypes.data_as(pointer), ctypes.c_int64(x.size))
+    assert y[0] == 0 and np.isnan(y[1]) and y[2] == 0 and y[3] == np.inf
