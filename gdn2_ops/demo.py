@@ -14,15 +14,17 @@ from gdn2_ops.model import GDN2LM
 from gdn2_ops.runtime.compare import Task, disagreements, measure, some_logits, table
 from gdn2_ops.runtime.session import OnnxRuntimeBackend
 
-PROMPT_BYTES, TEXT_BYTES = 384, 32 * 1024
+TEXT_BYTES = 32 * 1024  # scored
+PROMPT_BYTES, PROMPT_AFTER = 384, 60_000  # the prompt ends where the first method after that byte begins
 
 
 def run(model_folder: Path, onnx_file: Path) -> int:
     """Prints every step and the table. Returns the exit status: 0, or 1 when a backend disagrees with eager."""
     with _step(f"load {model_folder}"):
         model = GDN2LM.from_pretrained(model_folder)
-    text = corpus.held_out_text(PROMPT_BYTES + TEXT_BYTES)
-    task = Task(prompt=text[:PROMPT_BYTES], text=text[PROMPT_BYTES:])
+    text = corpus.held_out_text(2 * PROMPT_AFTER)
+    end = text.find(b"\n    def ", PROMPT_AFTER) + len(b"\n    def ")
+    task = Task(prompt=text[end - PROMPT_BYTES : end], text=text[:TEXT_BYTES])
 
     eager = TorchBackend(model)
     truth = some_logits(eager, task)
