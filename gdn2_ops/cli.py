@@ -91,8 +91,9 @@ def _export(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from gdn2_ops.runtime.generate import generate
 
+    backend = _backend(options.model)
     prompt = sys.stdin.buffer.read() if options.prompt is None else options.prompt.encode()
-    for byte in generate(_backend(options.model), prompt, options.count):
+    for byte in generate(backend, prompt, options.count):
         sys.stdout.buffer.write(byte)
         sys.stdout.buffer.flush()
     print()
