@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-NATIVE := CMakeLists.txt $(wildcard custom_ops/native/CMakeLists.txt custom_ops/native/*.cpp custom_ops/native/*.h)
+NATIVE := CMakeLists.txt $(wildcard custom_ops/native/CMakeLists.txt custom_ops/native/*.cpp custom_ops/native/*.h) \
+	$(wildcard runtime/onnxruntime/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format train clean
