@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gdn2_ops.runtime import onnxruntime_library
+
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -19,11 +21,13 @@ class OnnxRuntimeBackend:
     Args:
         file: an ONNX file.
         threads: of the session; 0 leaves it to ONNX Runtime.
+        library: run `gdn2::GatedDeltaNet2` nodes with our kernels (`runtime.onnxruntime_library`), not their bodies.
 
-    Raises: FileNotFoundError, ValueError: no such file, or its inputs and outputs are others.
+    Raises: FileNotFoundError, ValueError: no such file, or its inputs and outputs are others. ImportError: a package or
+        the library is not installed.
     """
 
-    def __init__(self, file: str | Path, *, threads: int = 0) -> None:
+    def __init__(self, file: str | Path, *, threads: int = 0, library: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -32,6 +36,8 @@ class OnnxRuntimeBackend:
             raise FileNotFoundError(f"expected an ONNX file, got {str(file)!r}; gdn2 export MODEL --to onnx writes one")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        if library:
+            onnxruntime_library.register(options)
         self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self._past = self._session.get_inputs()[1:]
         names = [x.name for x in self._session.get_inputs()], [x.name for x in self._session.get_outputs()]
