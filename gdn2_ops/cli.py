@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("model", type=Path, help="model folder or .onnx file")
     generate.add_argument("--prompt", help="text to continue; without it, standard input")
     generate.add_argument("--count", type=int, default=128, help="bytes to write (default 128)")
+    generate.add_argument("--library", action="store_true", help="run an .onnx file with our ONNX Runtime kernels")
     return parser
 
 
@@ -91,7 +92,7 @@ def _export(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from gdn2_ops.runtime.generate import generate
 
-    backend = _backend(options.model)
+    backend = _backend(options.model, options.library)
     prompt = sys.stdin.buffer.read() if options.prompt is None else options.prompt.encode()
     for byte in generate(backend, prompt, options.count):
         sys.stdout.buffer.write(byte)
@@ -100,11 +101,13 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _backend(model: Path):
+def _backend(model: Path, library: bool):
     if model.suffix == ".onnx":
         from gdn2_ops.runtime.session import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(model)
+        return OnnxRuntimeBackend(model, library=library)
+    if library:
+        raise ValueError(f"expected an .onnx file with --library, got {str(model)!r}; gdn2 export writes one")
     from gdn2_ops.backends import TorchBackend
     from gdn2_ops.model import GDN2LM
 

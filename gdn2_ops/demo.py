@@ -36,6 +36,8 @@ def run(model_folder: Path, onnx_file: Path) -> int:
         export(model, onnx_file)
     with _step("run the file in stock ONNX Runtime"):
         rows.append(measure("ONNX Runtime", OnnxRuntimeBackend(onnx_file), task, truth))
+    with _step("run it in ONNX Runtime with our kernels"):
+        rows.append(measure("ONNX Runtime + library", OnnxRuntimeBackend(onnx_file, library=True), task, truth))
 
     print("\n--- the prompt, a held-out module of the standard library ---\n" + _readable(task.prompt))
     print("--- continued by every backend ---\n" + _readable(rows[0].generated) + "\n")

@@ -23,15 +23,15 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def test_export_then_generate_the_same_bytes_from_both(folder, tmp_path, capfdbinary):
+def test_export_then_generate_the_same_bytes_from_all(folder, tmp_path, capfdbinary):
     file = tmp_path / "model.onnx"
     assert cli.main(["export", str(folder), "--to", "onnx", "-o", str(file), "--body", "scan"]) == 0
     assert b"wrote" in capfdbinary.readouterr().out and file.stat().st_size > 1000
     written = []
-    for model in (folder, file):
-        assert cli.main(["generate", str(model), "--prompt", "import ", "--count", "40"]) == 0
+    for model in ([str(folder)], [str(file)], [str(file), "--library"]):
+        assert cli.main(["generate", *model, "--prompt", "import ", "--count", "40"]) == 0
         written.append(capfdbinary.readouterr().out)
-    assert written[0] == written[1] and len(written[0]) == 41
+    assert written[0] == written[1] == written[2] and len(written[0]) == 41
 
 
 def test_info_lists_versions_and_operators(capsys):
@@ -46,6 +46,7 @@ def test_info_lists_versions_and_operators(capsys):
         (["generate", "{}/none"], "expected a model folder with config.json"),
         (["generate", "{}/none.onnx"], "gdn2 export MODEL --to onnx writes one"),
         (["generate", "{model}", "--prompt", ""], "a prompt of at least one byte"),
+        (["generate", "{model}", "--library"], "expected an .onnx file with --library"),
         (["export", "{model}", "--to", "onnx", "-o", "{}/no/such/m.onnx"], "an existing folder to write to"),
         (["export", "{model}", "--to", "onnx", "-o", "{}/m.onnx", "--body", "loop"], "expected a body in"),
         (["demo", "--model", "{}/none"], "expected a model folder with config.json"),
@@ -74,7 +75,7 @@ def test_demo_compares_all_backends(folder, tmp_path, monkeypatch, capsys):
     torch._dynamo.reset()
     assert demo.run(folder, tmp_path / "m.onnx") == 0
     out = capsys.readouterr().out
-    assert "All 3 backends wrote the same 128 bytes." in out and "torch.compile" in out
+    assert "All 4 backends wrote the same 128 bytes." in out and "torch.compile" in out
 
 
 def test_the_committed_model_is_small_and_predicts_what_it_says():
