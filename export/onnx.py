@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError(f"gdn2_ops.export.onnx needs {error.name}: pip install 'gdn2-ops[onnx]'") from error
 
-from gdn2_ops.export.onnx_bodies import function_body
+from gdn2_ops.export.onnx_bodies import BODIES, function_body
 from gdn2_ops.export.onnx_schema import DOMAIN, IR_VERSION, OP, OPSET, PLUGIN, SCHEMA, VERSION
 from gdn2_ops.export.program import flatten_language_model
 
@@ -41,12 +41,14 @@ def export(model: nn.Module, file: str | Path, *, body: str = "chunk") -> Path:
     Args:
         model: a `GDN2LM`, or any module that `export.program.flatten_language_model` takes, in evaluation mode.
         file: where to write; its folder must exist.
-        body: of the operator, "chunk" or "scan" (`export.onnx_bodies`). Runtimes with a kernel for it skip the body.
+        body: of the operator: "chunk", "scan" or "linear_attention" (`export.onnx_bodies` says where each runs).
+            Runtimes with a kernel for the node skip the body.
 
     Returns: the file's path.
     Raises: ValueError: an unknown body, or a model in training mode. ImportError: the extra `onnx` is not installed.
     """
-    function = function_body(body)
+    if body not in BODIES:
+        raise ValueError(f"gdn2_ops.export.onnx: expected a body in {sorted(BODIES)}, got {body!r}")
     if model.training:
         raise ValueError("gdn2_ops.export.onnx: expected a model in evaluation mode, got training; call model.eval()")
     flat = flatten_language_model(model)
@@ -63,7 +65,7 @@ def export(model: nn.Module, file: str | Path, *, body: str = "chunk") -> Path:
             custom_translation_table=translation_table(),
         )
     assert program is not None
-    attach_body(program.model, function)
+    attach_body(program.model, body)
     strip_local_traces(program.model)
     program.model.ir_version = IR_VERSION
     program.model.producer_name = "gdn2-ops"
@@ -84,10 +86,18 @@ def translation_table() -> dict[Callable, Callable]:
     }
 
 
-def attach_body(model: ir.Model, function: onnx.FunctionProto) -> None:
-    """Adds the function to the model; after the export, for the exporter inlines functions it knows."""
-    body = ir.serde.deserialize_function(function)
-    model.functions[body.identifier()] = body
+def attach_body(model: ir.Model, body: str) -> None:
+    """Adds a function body for the nodes; after the export, for the exporter inlines the functions it knows.
+
+    Raises: ValueError: no such body, no node to serve, or nodes of different numbers of key heads.
+    """
+    heads = {node.inputs[0].shape[2] for node in _nodes(model.graph) if (node.domain, node.op_type) == (DOMAIN, OP)}
+    if len(heads) != 1:
+        raise ValueError(f"expected {DOMAIN}::{OP} nodes with one number of key heads, got {sorted(heads)}")
+    function = ir.serde.deserialize_function(function_body(body, heads.pop()))
+    model.functions[function.identifier()] = function
+    for domain, version in function.opset_imports.items():
+        model.graph.opset_imports.setdefault(domain, version)
     model.graph.opset_imports.setdefault(DOMAIN, VERSION)
 
 

@@ -1,9 +1,11 @@
 """Function bodies of the node `gdn2::GatedDeltaNet2` in standard ONNX operators, so that any runtime can run the file.
 
-    scan     one token an iteration, equation (1): the smallest
-    chunk    16 tokens an iteration, equations (3)-(8) with pairwise decays, whose exponents are never positive
+    scan                one token an iteration, equation (1): the smallest
+    chunk               16 tokens an iteration, equations (3)-(8) with pairwise decays: no exponent is positive
+    linear_attention    ONNX Runtime's contrib LinearAttention in other coordinates (docs/derivation.md, Change of
+                        coordinates), native speed in stock ONNX Runtime from 1.26 on, and nowhere else
 
-Both compute in float32 whatever the node's types and take any T >= 1. Equation numbers: docs/derivation.md. Names of
+All compute in float32 whatever the node's types and take any T >= 1. Equation numbers: docs/derivation.md. Names of
 values end in their axes where they have some; C is 16 and W = V HV / H, value groups being wider values (2).
 """
 
@@ -14,17 +16,23 @@ import onnx
 from gdn2_ops.export.onnx_schema import DOMAIN, INPUTS, OP, OPSET, OUTPUTS
 
 C = 16
+CONTRIB = "com.microsoft"
 
 
-def function_body(kind: str) -> onnx.FunctionProto:
-    """The body of that kind as a model-local function. Raises: ValueError: there is none of that name."""
+def function_body(kind: str, heads: int) -> onnx.FunctionProto:
+    """The body of that kind as a model-local function. Raises: ValueError: there is none of that name.
+
+    heads: H of every node that the body serves; linear_attention has it as an attribute.
+    """
     if kind not in BODIES:
         raise ValueError(f"expected a body in {sorted(BODIES)}, got {kind!r}")
+    text = BODIES[kind].replace("HEADS", str(heads))
+    contrib = f', "{CONTRIB}" : 1' if CONTRIB in text else ""
     header = (
-        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
+        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}{contrib}]>\n'
         f"{OP} <scale, plugin_namespace, plugin_version> ({', '.join(INPUTS)}) => ({', '.join(OUTPUTS)})\n"
     )
-    function = onnx.parser.parse_function(header + "{" + _OPEN + BODIES[kind] + _CLOSE + "}")
+    function = onnx.parser.parse_function(header + "{" + _OPEN + text + _CLOSE + "}")
     function.doc_string = f"Gated DeltaNet-2 in standard operators, body '{kind}'."
     return function
 
@@ -208,4 +216,37 @@ _CHUNK = (
 """
 )
 
-BODIES = {"scan": _SCAN, "chunk": _CHUNK}
+# S_t = Diag(b_t)^-1/2 R_t: b is clamped, for coordinates with b = 0 do not exist; its log starts from b_0 = 1.
+_LINEAR_ATTENTION = """
+    least = Constant <value_float = 1e-12> ()
+    half = Constant <value_float = 0.5> ()
+    b_least = Max (b_f, least)
+    root = Sqrt (b_least)
+    log_b = Log (b_least)
+    log_root = Mul (log_b, half)
+    shift = Constant <value = int64[8] {0, 1, 0, 0, 0, -1, 0, 0}> ()
+    log_root_before = Pad (log_root, shift)
+    log_root_step = Sub (log_root, log_root_before)
+    g_R = Add (g_f, log_root_step)
+    k_R = Mul (root, k_f)
+    q_R = Div (qs, root)
+    flat = Constant <value = int64[3] {0, 0, -1}> ()
+    q_BTD = Reshape (q_R, flat)
+    k_BTD = Reshape (k_R, flat)
+    v_BTD = Reshape (wv, flat)
+    g_BTD = Reshape (g_R, flat)
+    rows = Shape <start = 0, end = 2> (q)
+    one = Constant <value = int64[1] {1}> ()
+    beta_shape = Concat <axis = 0> (rows, one)
+    beta = ConstantOfShape <value = float[1] {1.0}> (beta_shape)
+    o_BTD, R_last = com.microsoft.LinearAttention <q_num_heads = HEADS, kv_num_heads = HEADS, scale = 1.0,
+        update_rule = "gated_delta"> (q_BTD, k_BTD, v_BTD, S0, g_BTD, beta)
+    wide_values = Shape (wv)
+    o_BTHW = Reshape (o_BTD, wide_values)
+    last_token = Constant <value_int = -1> ()
+    root_BHK = Gather <axis = 1> (root, last_token)
+    root_BHK1 = Unsqueeze (root_BHK, rest)
+    S_last = Div (R_last, root_BHK1)
+"""
+
+BODIES = {"scan": _SCAN, "chunk": _CHUNK, "linear_attention": _LINEAR_ATTENTION}

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", type=Path, help="model folder")
     export.add_argument("--to", choices=["onnx"], required=True)
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
-    export.add_argument("--body", default="chunk", help="function body of the ONNX node: chunk (default) or scan")
+    export.add_argument("--body", default="chunk", help="of the ONNX node: chunk (default), scan or linear_attention")
 
     generate = command("generate", _generate, "continue a prompt with the most probable bytes")
     generate.add_argument("model", type=Path, help="model folder or .onnx file")
