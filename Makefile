@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard custom_ops/native/CMakeLists.txt custom_ops/
 	$(wildcard runtime/onnxruntime/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train clean
+.PHONY: help install demo test lint format train bench-cpu bench-ggml clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,20 @@ format: $(STAMP)  ## rewrite the files the way lint wants them
 
 train: $(STAMP)  ## examples/models/tiny again, from the standard library's source (about 20 minutes on 2 cores)
 	$(BIN)/python examples/train_tiny.py
+
+bench-cpu: $(STAMP)  ## this library, its peers and the floors of this machine in one interleaved run (5 minutes, quiet machine)
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+# ggml comes as sources inside the package llama-cpp-python; the file ggml.pc.in is missing there.
+LLAMA := llama_cpp_python-0.3.36
+bench-ggml: build/peers/ggml/src/libggml-cpu.so  ## ggml, a peer of bench-cpu, into build/peers (77 MB and 2 minutes)
+
+build/peers/ggml/src/libggml-cpu.so: | $(STAMP)
+	$(BIN)/python -m pip download -q --no-deps --no-binary :all: --no-build-isolation -d build/peers llama-cpp-python==$(lastword $(subst -, ,$(LLAMA)))
+	tar -xzf build/peers/$(LLAMA).tar.gz -C build/peers $(LLAMA)/vendor/llama.cpp/ggml
+	echo 'Name: ggml' > build/peers/$(LLAMA)/vendor/llama.cpp/ggml/ggml.pc.in
+	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S build/peers/$(LLAMA)/vendor/llama.cpp/ggml -B build/peers/ggml -DCMAKE_BUILD_TYPE=Release -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF > build/peers/ggml.log
+	$(BIN)/cmake --build build/peers/ggml >> build/peers/ggml.log
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

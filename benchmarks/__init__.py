@@ -1,0 +1,1 @@
+"""Benchmarks against other implementations and the floors of the machine. Run from the root of the repository."""
