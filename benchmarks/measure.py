@@ -95,7 +95,7 @@ def _prepare(
         rows.append(row)
         if row.status == "ok":
             ready[row.peer] = prepared = peer(problem, x, threads)
-            row.error = error(prepared.result(), wanted[: len(wanted)])
+            row.error = error(prepared.result(), wanted)
             row.status = "ok" if row.error <= WRONG_ABOVE else "wrong"
     return ready, rows
 
