@@ -188,7 +188,7 @@ def _check_state(op: str, state: Tensor, shape: tuple, q: Tensor, name: str = "s
 
 
 def _expect_shape(op: str, name: str, x: Tensor, shape) -> None:
-    if x.dim() != len(shape) or x.shape != torch.Size(shape):
+    if x.shape != shape:
         raise ValueError(f"{op}: expected {name} of shape {tuple(shape)}, got {_shape(x)}")
 
 
