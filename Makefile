@@ -38,10 +38,10 @@ format: $(STAMP)  ## rewrite the files the way lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-train: $(STAMP)  ## examples/models/tiny again, from the standard library's source (about 20 minutes on 2 cores)
+train: $(STAMP)  ## examples/models/tiny again, from the standard library's source (16 minutes on 2 cores)
 	$(BIN)/python examples/train_tiny.py
 
-bench-cpu: $(STAMP)  ## this library, its peers and the floors of this machine in one interleaved run (5 minutes, quiet machine)
+bench-cpu: $(STAMP)  ## this library, its peers and the floors of this machine in one interleaved run (3 minutes, quiet machine)
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 # ggml comes as sources inside the package llama-cpp-python; the file ggml.pc.in is missing there.

@@ -50,22 +50,19 @@ def check_chunk(
 ) -> None:
     """Raises ValueError or TypeError unless the arguments match the contract. Reads no values, so fakes call it too."""
     _check_inputs(op, "[B, T, H, K]", q, k, v, g, b, w)
-    sequences = q.shape[0]
     if cu_seqlens is not None:
         _expect_index(op, "cu_seqlens", cu_seqlens, q)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(f"{op}: expected cu_seqlens of shape [N + 1] with N >= 1, got {_shape(cu_seqlens)}")
         if q.shape[0] != 1:
             raise ValueError(f"{op}: expected batch 1 with cu_seqlens, got {q.shape[0]}; pack the sequences along T")
-        sequences = cu_seqlens.shape[0] - 1
     if state is not None:
-        _check_state(op, state, (sequences, v.shape[2], q.shape[3], v.shape[3]), q)
+        _check_state(op, state, _states_shape(q, v, cu_seqlens), q)
 
 
-def check_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, state: Tensor, op: str = "gdn2::step"
-) -> None:
+def check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, state: Tensor) -> None:
     """As `check_chunk`, for one token and one state per row."""
+    op = "gdn2::step"
     _check_inputs(op, "[B, H, K]", q, k, v, g, b, w)
     _check_state(op, state, (q.shape[0], v.shape[1], q.shape[2], v.shape[2]), q)
 
@@ -107,8 +104,7 @@ def check_chunk_backward(
     _expect_dtype(op, "do", do, q.dtype, "that of q")
     _expect_device(op, "do", do, q)
     if dfinal_state is not None:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        _check_state(op, dfinal_state, (sequences, v.shape[2], q.shape[3], v.shape[3]), q, "dfinal_state")
+        _check_state(op, dfinal_state, _states_shape(q, v, cu_seqlens), q, "dfinal_state")
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor | None, T: int) -> None:
@@ -134,9 +130,7 @@ def check_slots_values(slots: Tensor | None, pool: int) -> None:
 @torch.library.register_fake("gdn2::chunk", lib=LIB)
 def _fake_chunk(q, k, v, g, b, w, state, cu_seqlens, scale):
     check_chunk(q, k, v, g, b, w, state, cu_seqlens)
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = q.new_empty((sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
-    return q.new_empty(v.shape), final_state
+    return q.new_empty(v.shape), q.new_empty(_states_shape(q, v, cu_seqlens), dtype=torch.float32)
 
 
 @torch.library.register_fake("gdn2::chunk_backward", lib=LIB)
@@ -179,6 +173,11 @@ def _check_inputs(op: str, axes: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor
     _expect_dtype(op, "g", g, torch.float32, "a decay in low precision loses the state")
     for name, x in (("k", k), ("v", v), ("g", g), ("b", b), ("w", w)):
         _expect_device(op, name, x, q)
+
+
+def _states_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (sequences, v.shape[2], q.shape[3], v.shape[3])
 
 
 def _check_state(op: str, state: Tensor, shape: tuple, q: Tensor, name: str = "state") -> None:

@@ -16,6 +16,7 @@ from gdn2_ops.runtime.session import OnnxRuntimeBackend
 
 TEXT_BYTES = 32 * 1024  # scored
 PROMPT_BYTES, PROMPT_AFTER = 384, 60_000  # the prompt ends where the first method after that byte begins
+METHOD = b"\n    def "
 
 
 def run(model_folder: Path, onnx_file: Path) -> int:
@@ -23,8 +24,9 @@ def run(model_folder: Path, onnx_file: Path) -> int:
     with _step(f"load {model_folder}"):
         model = GDN2LM.from_pretrained(model_folder)
     text = corpus.held_out_text(2 * PROMPT_AFTER)
-    end = text.find(b"\n    def ", PROMPT_AFTER) + len(b"\n    def ")
-    task = Task(prompt=text[end - PROMPT_BYTES : end], text=text[:TEXT_BYTES])
+    before, method, _ = text[PROMPT_AFTER:].partition(METHOD)
+    end = PROMPT_AFTER + len(before) + len(method)
+    task = Task(prompt=text[:end][-PROMPT_BYTES:], text=text[:TEXT_BYTES])
 
     eager = TorchBackend(model)
     truth = some_logits(eager, task)

@@ -16,8 +16,8 @@ import torch
 from cases import CASES, DTYPES, FORMS, OUTPUTS, Case, Inputs, assert_as_good_as, exact, inputs
 from onnx import TensorProto, helper
 from test_model import HYBRID, SMALL, small
+from test_onnx import assert_eager_numbers
 
-from gdn2_ops.backends import TorchBackend
 from gdn2_ops.export.onnx import export
 from gdn2_ops.export.onnx_schema import DOMAIN, INPUTS, IR_VERSION, OP, OPSET, PLUGIN
 from gdn2_ops.export.onnx_schema import OUTPUTS as NODE_OUTPUTS
@@ -193,14 +193,7 @@ def test_many_sessions_at_once():
 def test_a_language_model_gives_the_eager_numbers(config, tmp_path):
     lm = small(config)
     file = export(lm, tmp_path / "model.onnx")
-    eager, native = TorchBackend(lm), OnnxRuntimeBackend(file, threads=1, library=True)
-    for B in (1, 3):
-        for T in (1, 63, 300):
-            rows = np.random.default_rng(T).integers(0, 64, (B, T))
-            (want, want_state), (got, got_state) = eager(rows, None), native(rows, None)
-            assert np.abs(got - want).max() < 1e-4
-            token = rows[:, :1]
-            assert np.abs(native(token, got_state)[0] - eager(token, want_state)[0]).max() < 1e-4
+    assert_eager_numbers(lm, OnnxRuntimeBackend(file, threads=1, library=True))
 
 
 class ApiBase(ctypes.Structure):

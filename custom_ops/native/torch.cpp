@@ -10,7 +10,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
