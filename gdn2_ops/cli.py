@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 DEFAULT_MODEL = Path("examples/models/tiny")
-PARTS = {"onnx": ("onnx", "onnx_ir", "onnxscript", "onnxruntime")}
+PARTS = {"onnx": ("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "triton": ("triton",)}
 
 
 def main(arguments: list[str] | None = None) -> int:

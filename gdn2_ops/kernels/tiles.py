@@ -1,0 +1,91 @@
+"""The table of tile sizes: one row for every (kernel, dtype, head sizes, architecture), and no search at run time.
+
+The launcher, the ahead-of-time compiler (export/kernels.py) and the manifest of the TensorRT plugin read the same row,
+so what was built is what is launched and a first request never compiles. Every point of the table has exactly one row:
+tests/test_tiles.py refuses two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+HEAD_SIZES = (32, 64, 128, 256)  # a kernel is compiled for these; sizes between them are masked
+ARCHS = (80, 90, 100, 120)  # compute capabilities a cubin is built for; 80 serves 86 and 89
+ANY_ARCH = ARCHS
+HALF = ("bf16", "fp16")
+ANY_DTYPE = ("fp32", *HALF)  # of q; decays are float32 always
+SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes of one program; 80: what 86 has
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The constexprs that a kernel is compiled with besides its own options, and how many warps run a program."""
+
+    constexprs: Mapping[str, int]
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class _Row:
+    kernel: str
+    dtypes: tuple[str, ...]
+    K: tuple[int, ...]
+    V: tuple[int, ...]
+    archs: tuple[int, ...]
+    tile: Tile
+
+    def covers(self, kernel: str, dtype: str, K: int, V: int, arch: int) -> bool:
+        return kernel == self.kernel and dtype in self.dtypes and K in self.K and V in self.V and arch in self.archs
+
+
+# kernel, dtypes of q, K, V (of HEAD_SIZES), architectures: tile
+ROWS = (
+    # step: a program holds [K, BV] of the state, 32 numbers a thread: four 16-byte loads in flight, twice.
+    _Row("step", ANY_DTYPE, (32,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=1)),
+    _Row("step", ANY_DTYPE, (64,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=2)),
+    _Row("step", ANY_DTYPE, (128,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=4)),
+    _Row("step", ANY_DTYPE, (256,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=8)),
+)
+
+
+def head_size(size: int) -> int:
+    """The compiled size that serves a head of `size` channels: the next one of HEAD_SIZES."""
+    for compiled in HEAD_SIZES:
+        if 1 <= size <= compiled:
+            return compiled
+    raise NotImplementedError(f"gdn2_ops.kernels: expected a head size in 1..{HEAD_SIZES[-1]}, got {size}")
+
+
+def table_arch(major: int, minor: int) -> int:
+    """The architecture of the table that serves a device of this compute capability: same major, minor not above."""
+    fitting = [arch for arch in ARCHS if arch // 10 == major and arch % 10 <= minor]
+    if not fitting:
+        raise NotImplementedError(
+            f"gdn2_ops.kernels: expected a device of compute capability 8.x, 9.x, 10.x or 12.x, got {major}.{minor}; "
+            "use device='cpu'"
+        )
+    return fitting[-1]
+
+
+def tile(kernel: str, dtype: str, K: int, V: int, arch: int) -> Tile:
+    """The row for `kernel`, the dtype of q ("fp32", "bf16", "fp16"), head sizes up to 256 and an architecture of ARCHS.
+
+    Raises: NotImplementedError: the table has no such row.
+    """
+    found = rows(kernel, dtype, K, V, arch)
+    if not found:
+        known = sorted({row.kernel for row in ROWS})
+        raise NotImplementedError(
+            f"gdn2_ops.kernels: expected a row of the table (kernels {known}, dtypes {ANY_DTYPE}, head sizes up to "
+            f"{HEAD_SIZES[-1]}, architectures {ARCHS}), got {kernel!r} for {dtype}, K = {K}, V = {V}, sm_{arch}; "
+            "add one to gdn2_ops/kernels/tiles.py, or use device='cpu'"
+        )
+    return found[0]
+
+
+def rows(kernel: str, dtype: str, K: int, V: int, arch: int) -> list[Tile]:
+    """Every row that covers a point. More than one is a mistake in the table."""
+    point = (kernel, dtype, head_size(K), head_size(V), arch)
+    return [row.tile for row in ROWS if row.covers(*point)]
