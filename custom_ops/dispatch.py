@@ -1,8 +1,21 @@
-"""Device -> kernel. The CPU kernels are custom_ops/native, registered by the native library when it is loaded."""
+"""Device -> kernel. The CPU kernels are custom_ops/native, registered by the native library when it is loaded; the CUDA
+kernels are gdn2_ops/kernels, imported by the first call that needs them."""
 
 from __future__ import annotations
 
 from gdn2_ops.custom_ops import contract
+
+
+def _step(q, k, v, g, b, w, state, scale):
+    from gdn2_ops.kernels import step
+
+    return step.step(q, k, v, g, b, w, state, scale)
+
+
+def _step_inplace(q, k, v, g, b, w, state, slots, scale):
+    from gdn2_ops.kernels import step
+
+    return step.step_inplace(q, k, v, g, b, w, state, slots, scale)
 
 
 def _no_kernel(op: str):
@@ -15,5 +28,11 @@ def _no_kernel(op: str):
     return refuse
 
 
+CUDA = {
+    "chunk": _no_kernel("chunk"),
+    "chunk_backward": _no_kernel("chunk_backward"),
+    "step": _step,
+    "step_inplace": _step_inplace,
+}
 for _name in contract.SCHEMAS:
-    contract.LIB.impl(_name, _no_kernel(_name), "CUDA")
+    contract.LIB.impl(_name, CUDA[_name], "CUDA")

@@ -61,6 +61,25 @@ class Kernel:
             launched(*arguments, **constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
+def is_masked(K: int, V: int) -> int:
+    """The option MASKED: 1 where a head is smaller than the compiled size that serves it."""
+    return int(tiles.head_size(K) != K or tiles.head_size(V) != V)
+
+
+def expect(
+    kernel: str, name: str, x: torch.Tensor, shape: tuple, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Raises ValueError or TypeError unless x is what a launcher will read: the last guard before raw pointers."""
+    if x.dtype not in dtypes:
+        raise TypeError(
+            f"gdn2_ops.kernels.{kernel}: expected {name} of dtype {' or '.join(map(str, dtypes))}, got {x.dtype}"
+        )
+    if x.shape != shape:
+        raise ValueError(f"gdn2_ops.kernels.{kernel}: expected {name} of shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"gdn2_ops.kernels.{kernel}: expected {name} on {device}, got {x.device}")
+
+
 def arch(device: torch.device) -> int:
     """The architecture of the table for tensors on `device`: a GPU, or the CPU under TRITON_INTERPRET=1."""
     if device.type == "cuda":

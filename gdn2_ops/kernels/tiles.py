@@ -42,11 +42,24 @@ class _Row:
 
 # kernel, dtypes of q, K, V (of HEAD_SIZES), architectures: tile
 ROWS = (
-    # step: a program holds [K, BV] of the state, 32 numbers a thread: four 16-byte loads in flight, twice.
-    _Row("step", ANY_DTYPE, (32,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=1)),
-    _Row("step", ANY_DTYPE, (64,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=2)),
-    _Row("step", ANY_DTYPE, (128,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=4)),
-    _Row("step", ANY_DTYPE, (256,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=8)),
+    # step: a program holds [K, 32] of the state, 32 numbers a thread: eight 16-byte loads in flight.
+    *(
+        _Row(kernel, ANY_DTYPE, (K,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=K // 32))
+        for kernel in ("step", "step_bf16_state")
+        for K in HEAD_SIZES
+    ),
+    # step_layer: whole value heads up to 16384 numbers of a state, for the norm over them; 64 numbers a thread.
+    *(
+        _Row("step_layer", ANY_DTYPE, (K,), (V,), ANY_ARCH, Tile({"BV": BV}, num_warps=max(1, K * BV // 2048)))
+        for K in HEAD_SIZES
+        for V in HEAD_SIZES
+        for BV in (min(V, 16384 // K),)
+    ),
+    # step_layer_masked: each load has an address and a predicate of its own, so that 32 numbers a thread spill.
+    *(
+        _Row("step_layer_masked", ANY_DTYPE, (K,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=min(8, K // 16)))
+        for K in HEAD_SIZES
+    ),
 )
 
 
