@@ -60,6 +60,8 @@ ROWS = (
         _Row("step_layer_masked", ANY_DTYPE, (K,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=min(8, K // 16)))
         for K in HEAD_SIZES
     ),
+    _Row("prepare", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 32}, num_warps=8)),
+    _Row("recur", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
 )
 
 

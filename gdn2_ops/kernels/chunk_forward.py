@@ -1,0 +1,216 @@
+"""Whole sequences in two kernels: everything about a chunk that needs no state, then the walk over the chunks.
+
+With E = gamma*b*k, Z = w*v, T, Aqk and A = (I + T)^-1 of docs/derivation.md (3)-(8), a chunk takes the state S to
+
+    R = A Z - Y S        O = Qd S + Aqk R        S' = Diag(decay) S + Kt^T R
+    Y = A E              Qd = scale gamma*q      Kt = tail*k          decay = gamma of the last token
+
+`prepare`: one program per (slot, key head), in parallel over all chunks. q, k, g, b -> Y, Qd, Kt, A, Aqk, decay.
+`recur`:   one program per (sequence, segment, value head, BV value channels), serial over chunks, S in registers.
+           With BACKWARD it writes what the backward pass needs, S before each chunk and R, instead of o.
+
+Letters: C = 64 tokens of a chunk, P = 4 blocks of R = 16 tokens in it; K V the compiled head sizes (tiles.py) and
+key_size, value_size those of the call, smaller where MASKED; BK, BV channels of a slice of keys, of a tile of values.
+N sequences; HV value heads in groups of HV / H that share a key head.
+
+The workspace, written by `prepare`. Chunk c of sequence n has slot n ceil(T / C) + c; packed sequences start at slot
+begin_n // C + n instead, which needs no table: there are T // C + N slots and those left over are never touched.
+Tokens past the end of a sequence are rows of zeros, of A the identity's. q's dtype, but decay is float32:
+
+    y, qd, kt [slots, H, C, K]      a, aqk [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
+    BACKWARD:  states [slots, HV, key_size, value_size], q's dtype      r [B, T, HV, V] like v
+
+E is not kept: the one place that wants it, E^T dX in the gradient of S (10), is Y^T dR.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn2_ops.kernels import tiles
+from gdn2_ops.kernels.kernel import Kernel
+from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, prepare
+
+
+@triton.jit
+def bounds(cu_seqlens_ptr, i_n, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token as a row of [B T], tokens and first slot of a sequence."""
+    if PACKED:
+        begin = tl.load(cu_seqlens_ptr + i_n).to(tl.int32)
+        end = tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int32)
+        return begin.to(tl.int64), end - begin, begin // C + i_n
+    else:
+        return i_n.to(tl.int64) * T, T, i_n * tl.cdiv(T, C)
+
+
+@triton.jit(do_not_specialize=["T", "H", "HV", "segments", "length", "key_size", "value_size"])
+def recur_kernel(
+    # inputs
+    y_ptr,
+    qd_ptr,
+    kt_ptr,
+    a_ptr,
+    aqk_ptr,
+    decay_ptr,
+    v_ptr,
+    w_ptr,
+    state_ptr,
+    cu_seqlens_ptr,
+    # sizes
+    T,
+    H,
+    HV,
+    segments,
+    length,
+    key_size,
+    value_size,
+    # outputs
+    o_ptr,
+    final_state_ptr,
+    states_ptr,
+    r_ptr,
+    # constexprs
+    K: tl.constexpr,
+    V: tl.constexpr,
+    STATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    MASKED: tl.constexpr,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+):
+    OPERAND: tl.constexpr = y_ptr.dtype.element_ty
+    PRECISION: tl.constexpr = "ieee" if tl.float32 == OPERAND else "tf32"
+    i_v = tl.program_id(0) % (V // BV)
+    i_hv = tl.program_id(0) // (V // BV) % HV
+    i_run = tl.program_id(0) // (V // BV * HV)  # of N * segments
+    i_n = i_run // segments
+    first, tokens, first_slot = bounds(cu_seqlens_ptr, i_n, T, C, PACKED)
+    chunks = tl.cdiv(tokens, C)
+    begin = i_run % segments * length
+    end = tl.minimum(begin + length, chunks)
+    keys, values = key_size if MASKED else K, value_size if MASKED else V
+
+    i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
+    live_KV = (i_K < keys)[:, None] & (i_V < values)[None, :]
+    at_KV = i_K[:, None] * values + i_V[None, :]
+    if STATE:
+        at_state = (i_run.to(tl.int64) * HV + i_hv) * keys * values
+        state_KV = tl.load(state_ptr + at_state + at_KV, mask=live_KV, other=0.0)
+    else:
+        state_KV = tl.zeros([K, BV], tl.float32)
+
+    at_work_CK = i_C[:, None] * K + i_K[None, :]
+    at_work_CC = i_C[:, None] * C + i_C[None, :]
+    for i_c in tl.range(begin, end):
+        slot = (first_slot + i_c).to(tl.int64)
+        at_slot = slot * H + i_hv // (HV // H)
+        row = i_c * C
+        at_token = ((first + row) * HV + i_hv) * values
+        at_CV = i_C[:, None] * (HV * values) + i_V[None, :]
+        live_CV = (row + i_C < tokens)[:, None] & (i_V < values)[None, :]
+        z_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
+        z_CV *= tl.load(v_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
+        operand_KV = state_KV.to(OPERAND)
+        a_CC = tl.load(a_ptr + at_slot * C * C + at_work_CC)
+        r_CV = tl.dot(a_CC, z_CV.to(OPERAND), input_precision=PRECISION)
+        y_CK = tl.load(y_ptr + at_slot * C * K + at_work_CK)
+        r_CV = (r_CV - tl.dot(y_CK, operand_KV, input_precision=PRECISION)).to(OPERAND)
+        if BACKWARD:
+            at_states = (slot * HV + i_hv) * keys * values
+            tl.store(states_ptr + at_states + at_KV, operand_KV, mask=live_KV)
+            tl.store(r_ptr + at_token + at_CV, r_CV, mask=live_CV)
+        else:
+            qd_CK = tl.load(qd_ptr + at_slot * C * K + at_work_CK)
+            o_CV = tl.dot(qd_CK, operand_KV, input_precision=PRECISION)
+            aqk_CC = tl.load(aqk_ptr + at_slot * C * C + at_work_CC)
+            o_CV = tl.dot(aqk_CC, r_CV, o_CV, input_precision=PRECISION)
+            tl.store(o_ptr + at_token + at_CV, o_CV.to(OPERAND), mask=live_CV)
+        state_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
+        kt_CK = tl.load(kt_ptr + at_slot * C * K + at_work_CK)
+        state_KV = tl.dot(tl.trans(kt_CK), r_CV, state_KV, input_precision=PRECISION)
+
+    if not BACKWARD:  # noqa: SIM102, one is a constexpr
+        if (end == chunks) & ((begin < chunks) | (begin == 0)):  # the last segment that has chunks
+            at_state = (i_n.to(tl.int64) * HV + i_hv) * keys * values
+            tl.store(final_state_ptr + at_state + at_KV, state_KV, mask=live_KV)
+
+
+RECUR = Kernel(
+    name="recur",
+    function=recur_kernel,
+    types=dict.fromkeys(("y", "qd", "kt", "a", "aqk"), "*q")
+    | {"decay": "*fp32", "v": "*q", "w": "*q", "state": "*fp32", "cu_seqlens": "*i64"}
+    | dict.fromkeys(("T", "H", "HV", "segments", "length", "key_size", "value_size"), "i32")
+    | {"o": "*q", "final_state": "*fp32", "states": "*q", "r": "*q"},
+    options={"STATE": (0, 1), "PACKED": (0, 1), "BACKWARD": (0, 1), "MASKED": (0, 1)},
+    grid="(N * segments * HV * V / BV, 1, 1)",
+)
+KERNELS = (PREPARE, RECUR)
+
+
+def chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`torch.ops.gdn2.chunk` on a GPU. The values of cu_seqlens stay on the device and are not read here."""
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    return recur(prepare(q, k, g, b, cu_seqlens, scale), v, w, state, cu_seqlens, q.shape[3])
+
+
+def recur(
+    prepared: Workspace, v: Tensor, w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, key_size: int
+) -> tuple[Tensor, Tensor]:
+    """Launches `recur` for o [B, T, HV, V] and the final state [N, HV, K, V]."""
+    N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final_state = prepared.decay.new_empty(N, v.shape[2], key_size, v.shape[3])
+    _launch_recur(prepared, v, w, state, cu_seqlens, (o, final_state, None, None), key_size)
+    return o, final_state
+
+
+def recur_for_backward(
+    prepared: Workspace, v: Tensor, w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, key_size: int
+) -> tuple[Tensor, Tensor]:
+    """Launches `recur` for the states before each chunk [slots, HV, K, V] and r [B, T, HV, V]."""
+    r = torch.empty_like(v, memory_format=torch.contiguous_format)
+    states = v.new_empty(prepared.y.shape[0], v.shape[2], key_size, v.shape[3])
+    _launch_recur(prepared, v, w, state, cu_seqlens, (None, None, states, r), key_size)
+    return states, r
+
+
+def _launch_recur(
+    prepared: Workspace,
+    v: Tensor,
+    w: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    outputs: tuple,
+    key_size: int,
+) -> None:
+    (B, T, HV, V), H = v.shape, prepared.y.shape[1]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    segments, length = 1, triton.cdiv(T, C)
+    inputs = (v.contiguous(), w.contiguous(), None if state is None else state.contiguous(), cu_seqlens)
+    RECUR.launch(
+        lambda c: (N * segments * HV * (c["V"] // c["BV"]),),
+        v.device,
+        v.dtype,
+        key_size,
+        V,
+        *(*prepared, *inputs, T, H, HV, segments, length, key_size, V, *outputs),
+        STATE=int(state is not None),
+        PACKED=int(cu_seqlens is not None),
+        BACKWARD=int(outputs[0] is None),
+        MASKED=int((key_size, V) != (tiles.head_size(key_size), tiles.head_size(V))),
+    )

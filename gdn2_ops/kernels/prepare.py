@@ -1,0 +1,272 @@
+"""`prepare`: everything about a chunk that needs no state. Equations, letters and workspace: chunk_forward.py.
+
+Decays. Every sum of g runs over the tokens it decays and nothing is subtracted, so that a reset (g = -30) costs no
+digits, and every factor is at most 1: block p's rows are anchored on the first row of the later block of the pair,
+`head` from there to the row, `reach` from the row to the first row of the next block. Inside a block both factors
+stand on its first row and one of them is 1 / gamma: right while the block's decay spans less than SPAN octaves. A slice
+with more takes the pairwise form, sixteen diagonals at a time. The branch is one for the whole program.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn2_ops.kernels import tiles
+from gdn2_ops.kernels.kernel import Kernel
+
+C = 64
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def locate(cu_seqlens_ptr, i_slot, T, N, C: tl.constexpr, PACKED: tl.constexpr):
+    """The first token of a slot's chunk as a row of [B T], and how many it has: none or fewer where none is there."""
+    if PACKED:
+        low, high = i_slot * 0, i_slot * 0 + N
+        while high - low > 1:
+            middle = (low + high) // 2
+            before = tl.load(cu_seqlens_ptr + middle).to(tl.int32) // C + middle <= i_slot
+            low, high = tl.where(before, middle, low), tl.where(before, high, middle)
+        begin = tl.load(cu_seqlens_ptr + low).to(tl.int32)
+        end = tl.load(cu_seqlens_ptr + low + 1).to(tl.int32)
+        at = begin + (i_slot - begin // C - low) * C
+        return at.to(tl.int64), tl.minimum(end - at, C)
+    else:
+        chunks = tl.cdiv(T, C)
+        i_c = i_slot % chunks
+        return (i_slot // chunks).to(tl.int64) * T + i_c * C, tl.minimum(T - i_c * C, C)
+
+
+@triton.jit
+def along_blocks(x_PK, chosen_PP):
+    """Row p is the sum of the rows chosen for it: exact, where a difference of running sums would not be."""
+    return tl.sum(tl.where(chosen_PP[:, :, None], x_PK[None, :, :], 0.0), 1)
+
+
+@triton.jit
+def pairwise(q_PRK, e_PRK, k_ptr, g_ptr, at_PRK, live_PRK, stride):
+    """Scores inside the blocks diagonal by diagonal, every decay a sum of its own: right for any g <= 0."""
+    P: tl.constexpr = q_PRK.shape[0]
+    i_R = tl.arange(0, 16)
+    t_PRR = tl.zeros([P, 16, 16], tl.float32)
+    aqk_PRR = tl.zeros([P, 16, 16], tl.float32)
+    span_PRK = tl.zeros(q_PRK.shape, tl.float32)  # log2 of the decay from token i - d to token i
+    for d in range(16):
+        inside_PRK = live_PRK & (i_R >= d)[None, :, None]
+        k_PRK = tl.load(k_ptr + at_PRK - d * stride, mask=inside_PRK, other=0.0).to(tl.float32)
+        k_PRK *= tl.exp2(span_PRK)
+        diagonal_PRR = (i_R[:, None] == i_R[None, :] + d)[None, :, :]
+        t_PRR += tl.where(diagonal_PRR, tl.sum(e_PRK * k_PRK, 2)[:, :, None], 0.0)
+        aqk_PRR += tl.where(diagonal_PRR, tl.sum(q_PRK * k_PRK, 2)[:, :, None], 0.0)
+        span_PRK += tl.load(g_ptr + at_PRK - d * stride, mask=inside_PRK, other=0.0) * LOG2_E
+    return t_PRR, aqk_PRR
+
+
+@triton.jit
+def neighbours(i, size: tl.constexpr):
+    """Where the row is in the second group of `size` of a pair and the column in the first."""
+    row, column = (i // size)[:, None], (i // size)[None, :]
+    return (row == column + 1) & (row % 2 == 1)
+
+
+@triton.jit
+def invert(t_PRR, t_CC, PRECISION: tl.constexpr, FINE: tl.constexpr):
+    """(I + T)^-1 of the strictly lower T: blocks t_PRR on the diagonal, the rest in t_CC.
+
+    [[X, 0], [L, Y]]^-1 = [[X^-1, 0], [-Y^-1 L X^-1, Y^-1]] for pairs of 1, 2, 4, ... rows: every step is exact and
+    none forms a power of T.
+    """
+    P: tl.constexpr = t_PRR.shape[0]
+    i_R = tl.arange(0, 16)
+    one_RR = tl.where(i_R[:, None] == i_R[None, :], 1.0, 0.0)
+    x_PRR = one_RR[None, :, :] - tl.where(neighbours(i_R, 1)[None, :, :], t_PRR, 0.0)
+    for log_half in tl.static_range(1, 4):
+        link_PRR = tl.where(neighbours(i_R, 1 << log_half)[None, :, :], t_PRR, 0.0)
+        step_PRR = tl.dot(x_PRR, link_PRR, input_precision=FINE)
+        x_PRR -= tl.dot(step_PRR, x_PRR, input_precision=FINE)
+
+    i_P = tl.arange(0, P)
+    same_PRPR = (i_P[:, None] == i_P[None, :])[:, None, :, None]
+    x_CC = tl.reshape(tl.where(same_PRPR, x_PRR[:, :, None, :], 0.0), [P * 16, P * 16])
+    i_C = tl.arange(0, P * 16)
+    for log_half in tl.static_range(4, 6):
+        link_CC = tl.where(neighbours(i_C, 1 << log_half), t_CC, 0.0)
+        step_CC = tl.dot(x_CC, link_CC, input_precision=PRECISION)
+        x_CC -= tl.dot(step_CC, x_CC, input_precision=PRECISION)
+    return x_CC
+
+
+@triton.jit(do_not_specialize=["T", "H", "N", "key_size"])
+def prepare_kernel(
+    # inputs
+    q_ptr,
+    k_ptr,
+    g_ptr,
+    b_ptr,
+    cu_seqlens_ptr,
+    # sizes
+    T,
+    H,
+    N,
+    key_size,
+    scale,
+    # outputs
+    y_ptr,
+    qd_ptr,
+    kt_ptr,
+    a_ptr,
+    aqk_ptr,
+    decay_ptr,
+    # constexprs
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+):
+    OPERAND: tl.constexpr = y_ptr.dtype.element_ty
+    EXACT: tl.constexpr = tl.float32 == OPERAND
+    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    INSIDE: tl.constexpr = tl.bfloat16 if tl.bfloat16 == OPERAND else tl.float32  # 1 / gamma passes float16's range
+    SPAN: tl.constexpr = 4.0 if EXACT else 100.0  # octaves; float32: more would cost digits of the exponent
+    P: tl.constexpr = C // 16
+
+    i_slot, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    first, tokens = locate(cu_seqlens_ptr, i_slot, T, N, C, PACKED)
+    if tokens <= 0:
+        return
+    keys = key_size if MASKED else K
+    at_head = (first * H + i_h) * keys
+    stride = H * keys  # of tokens
+    at_slot = i_slot.to(tl.int64) * H + i_h
+
+    i_P, i_R, i_C = tl.arange(0, P), tl.arange(0, 16), tl.arange(0, C)
+    row_PR1 = (i_P[:, None] * 16 + i_R[None, :])[:, :, None]
+    odd_P11 = (i_P % 2 == 1)[:, None, None]
+    late_P11 = (i_P >= P // 2)[:, None, None]
+    before_PP = i_P[:, None] > i_P[None, :]
+    after_PP = i_P[:, None] < i_P[None, :]
+    middle_PP = ((i_P[:, None] == 0) & (i_P[None, :] == 1)) | ((i_P[:, None] == 3) & (i_P[None, :] == 2))
+    block_C1, block_1C = (i_C // 16)[:, None], (i_C // 16)[None, :]
+    near_CC = neighbours(i_C, 16)
+
+    t_CC, aqk_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    t_PRR, aqk_PRR = tl.zeros([P, 16, 16], tl.float32), tl.zeros([P, 16, 16], tl.float32)
+    for i_slice in tl.range(0, K // BK):
+        i_K = i_slice * BK + tl.arange(0, BK)
+        live_PRK = (row_PR1 < tokens) & (i_K < keys)[None, None, :]
+        at_PRK = row_PR1 * stride + i_K[None, None, :]
+        at_work_PRK = at_slot * C * K + row_PR1 * K + i_K[None, None, :]
+        q_PRK = tl.load(q_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(tl.float32) * scale
+        k_PRK = tl.load(k_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(tl.float32)
+        e_PRK = tl.load(b_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(tl.float32) * k_PRK
+
+        # log2 of decays: `head` from the block's first row, `reach` to the next block's, `link` from one to the other
+        later_PRK = live_PRK & (i_R > 0)[None, :, None]
+        next_PRK = (row_PR1 + 1 < tokens) & (i_K < keys)[None, None, :]
+        g_head_PRK = tl.load(g_ptr + at_head + at_PRK, mask=later_PRK, other=0.0) * LOG2_E
+        g_next_PRK = tl.load(g_ptr + at_head + stride + at_PRK, mask=next_PRK, other=0.0) * LOG2_E
+        g_first_K = tl.load(g_ptr + at_head + i_K, mask=i_K < keys, other=0.0) * LOG2_E
+        head_PRK = tl.cumsum(g_head_PRK, 1)
+        reach_PRK = tl.cumsum(g_next_PRK, 1, reverse=True)
+        link_PK = tl.sum(g_next_PRK, 1)
+        to_head_PRK = tl.exp2(head_PRK)
+        to_reach_PRK = tl.exp2(reach_PRK)
+
+        gamma_PRK = to_head_PRK * tl.exp2(along_blocks(link_PK, before_PP) + g_first_K[None, :])[:, None, :]
+        tail_PRK = to_reach_PRK * tl.exp2(along_blocks(link_PK, after_PP))[:, None, :]
+        tl.store(qd_ptr + at_work_PRK, (q_PRK * gamma_PRK).to(OPERAND))
+        tl.store(y_ptr + at_work_PRK, (e_PRK * gamma_PRK).to(OPERAND))  # E, which Y replaces below
+        tl.store(kt_ptr + at_work_PRK, (k_PRK * tail_PRK).to(OPERAND))
+        tl.store(decay_ptr + at_slot * K + i_K, tl.exp2(tl.sum(link_PK, 0) + g_first_K))
+
+        # pairs of blocks, then of halves: rows of the later one, columns of the earlier one, both from its first row
+        x_PRK = tl.where(odd_P11, to_head_PRK, to_reach_PRK)
+        k_KC = tl.trans(tl.reshape((k_PRK * x_PRK).to(OPERAND), [C, BK]))
+        t_near_CC = tl.dot(tl.reshape((e_PRK * x_PRK).to(OPERAND), [C, BK]), k_KC, input_precision=PRECISION)
+        aqk_near_CC = tl.dot(tl.reshape((q_PRK * x_PRK).to(OPERAND), [C, BK]), k_KC, input_precision=PRECISION)
+        x_PRK = tl.where(late_P11, to_head_PRK, to_reach_PRK) * tl.exp2(along_blocks(link_PK, middle_PP))[:, None, :]
+        k_KC = tl.trans(tl.reshape((k_PRK * x_PRK).to(OPERAND), [C, BK]))
+        t_far_CC = tl.dot(tl.reshape((e_PRK * x_PRK).to(OPERAND), [C, BK]), k_KC, input_precision=PRECISION)
+        aqk_far_CC = tl.dot(tl.reshape((q_PRK * x_PRK).to(OPERAND), [C, BK]), k_KC, input_precision=PRECISION)
+        t_CC += tl.where(near_CC, t_near_CC, t_far_CC)
+        aqk_CC += tl.where(near_CC, aqk_near_CC, aqk_far_CC)
+
+        if tl.min(head_PRK) < -SPAN:
+            t, aqk = pairwise(q_PRK, e_PRK, k_ptr + at_head, g_ptr + at_head, at_PRK, live_PRK, stride)
+            t_PRR += t
+            aqk_PRR += aqk
+        else:
+            k_PKR = tl.permute((k_PRK * tl.exp2(-head_PRK)).to(INSIDE), (0, 2, 1))
+            t_PRR += tl.dot((e_PRK * to_head_PRK).to(INSIDE), k_PKR, input_precision=PRECISION)
+            aqk_PRR += tl.dot((q_PRK * to_head_PRK).to(INSIDE), k_PKR, input_precision=PRECISION)
+
+    at_PRR = at_slot * C * C + row_PR1 * C + (i_P[:, None] * 16 + i_R[None, :])[:, None, :]
+    at_CC = at_slot * C * C + i_C[:, None] * C + i_C[None, :]
+    aqk_PRR = tl.where((i_R[:, None] >= i_R[None, :])[None, :, :], aqk_PRR, 0.0)
+    tl.store(aqk_ptr + at_PRR, aqk_PRR.to(OPERAND))
+    aqk_CC = tl.where(block_C1 > block_1C, aqk_CC, 0.0)
+    tl.store(aqk_ptr + at_CC, aqk_CC.to(OPERAND), mask=block_C1 != block_1C)
+    a_CC = invert(t_PRR, t_CC, PRECISION, "ieee" if EXACT else "tf32x3").to(OPERAND)
+    tl.store(a_ptr + at_CC, a_CC)
+
+    tl.debug_barrier()  # E was written by other threads
+    for i_slice in tl.range(0, K // BK):
+        at_work_CK = at_slot * C * K + i_C[:, None] * K + (i_slice * BK + tl.arange(0, BK))[None, :]
+        y_CK = tl.dot(a_CC, tl.load(y_ptr + at_work_CK), input_precision=PRECISION)
+        tl.debug_barrier()
+        tl.store(y_ptr + at_work_CK, y_CK.to(OPERAND))
+
+
+class Workspace(NamedTuple):
+    """What `prepare` writes, in the layout above."""
+
+    y: Tensor
+    qd: Tensor
+    kt: Tensor
+    a: Tensor
+    aqk: Tensor
+    decay: Tensor
+
+
+PREPARE = Kernel(
+    name="prepare",
+    function=prepare_kernel,
+    types=dict.fromkeys(("q", "k"), "*q")
+    | {"g": "*fp32", "b": "*q", "cu_seqlens": "*i64"}
+    | dict.fromkeys(("T", "H", "N", "key_size"), "i32")
+    | {"scale": "fp32"}
+    | dict.fromkeys(("y", "qd", "kt", "a", "aqk"), "*q")
+    | {"decay": "*fp32"},
+    options={"PACKED": (0, 1), "MASKED": (0, 1)},
+    grid="(slots * H, 1, 1)",
+)
+
+
+def prepare(q: Tensor, k: Tensor, g: Tensor, b: Tensor, cu_seqlens: Tensor | None, scale: float) -> Workspace:
+    """Launches `prepare`. Tensors of other strides than contiguous ones are copied, here and below."""
+    (B, T, H, key_size), K = q.shape, tiles.head_size(q.shape[3])
+    slots = B * triton.cdiv(T, C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
+    keys = (q.new_empty(slots, H, C, K) for _ in range(3))
+    scores = (q.new_empty(slots, H, C, C) for _ in range(2))
+    y, qd, kt = keys
+    a, aqk = scores
+    out = Workspace(y, qd, kt, a, aqk, g.new_empty(slots, H, K))
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    inputs = (q.contiguous(), k.contiguous(), g.contiguous(), b.contiguous(), cu_seqlens)
+    PREPARE.launch(
+        (slots * H,),
+        q.device,
+        q.dtype,
+        key_size,
+        key_size,
+        *(*inputs, T, H, N, key_size, scale, *out),
+        PACKED=int(cu_seqlens is not None),
+        MASKED=int(key_size != K),
+    )
+    return out
