@@ -30,8 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2_ops.kernels import tiles
-from gdn2_ops.kernels.kernel import Kernel
+from gdn2_ops.kernels.kernel import Kernel, is_masked
 from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, prepare
 
 
@@ -212,5 +211,5 @@ def _launch_recur(
         STATE=int(state is not None),
         PACKED=int(cu_seqlens is not None),
         BACKWARD=int(outputs[0] is None),
-        MASKED=int((key_size, V) != (tiles.head_size(key_size), tiles.head_size(V))),
+        MASKED=is_masked(key_size, V),
     )

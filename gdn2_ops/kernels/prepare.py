@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2_ops.kernels import tiles
-from gdn2_ops.kernels.kernel import Kernel
+from gdn2_ops.kernels.kernel import Kernel, is_masked
 
 C = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -267,6 +267,6 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, b: Tensor, cu_seqlens: Tensor | Non
         key_size,
         *(*inputs, T, H, N, key_size, scale, *out),
         PACKED=int(cu_seqlens is not None),
-        MASKED=int(key_size != K),
+        MASKED=is_masked(key_size, key_size),
     )
     return out
