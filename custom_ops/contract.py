@@ -209,7 +209,7 @@ def _expect_index(op: str, name: str, x: Tensor, q: Tensor) -> None:
 
 
 def _has_values(x: Tensor) -> bool:
-    return type(x) is Tensor and x.device.type == "cpu"
+    return type(x) is Tensor and x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _shape(x: Tensor) -> tuple:

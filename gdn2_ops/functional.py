@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gdn2_ops.custom_ops import contract
+from gdn2_ops.custom_ops.autocast import lowered
 
 
 class GDN2Output(NamedTuple):
@@ -54,6 +55,7 @@ def chunk(
     and no decay a state can still grow (docs/derivation.md, Stability). Source: arXiv 2605.22791, eq. 10.
     """
     if not torch.compiler.is_compiling():  # compiled and exported programs are checked once, by the fakes
+        q, k, v, g, b, w = lowered(q, k, v, g, b, w)
         contract.check_chunk(q, k, v, g, b, w, state, cu_seqlens)
         contract.check_cu_seqlens_values(cu_seqlens, q.shape[1])
     return GDN2Output(*torch.ops.gdn2.chunk(q, k, v, g, b, w, state, cu_seqlens, _scale(scale, q)))
@@ -74,6 +76,7 @@ def step(
     Differentiable once in every tensor. Source: arXiv 2605.22791, eq. 10.
     """
     if not torch.compiler.is_compiling():
+        q, k, v, g, b, w = lowered(q, k, v, g, b, w)
         contract.check_step(q, k, v, g, b, w, state)
     return GDN2Output(*torch.ops.gdn2.step(q, k, v, g, b, w, state, _scale(scale, q)))
 
@@ -103,6 +106,7 @@ def step_inplace(
     Source: arXiv 2605.22791, eq. 10.
     """
     if not torch.compiler.is_compiling():
+        q, k, v, g, b, w = lowered(q, k, v, g, b, w)
         contract.check_step_inplace(q, k, v, g, b, w, state, slots)
         contract.check_slots_values(slots, state.shape[0])
     return torch.ops.gdn2.step_inplace(q, k, v, g, b, w, state, slots, _scale(scale, q))
