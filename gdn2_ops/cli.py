@@ -45,6 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     export.add_argument("--body", default="chunk", help="of the ONNX node: chunk (default), scan or linear_attention")
 
+    kernels = command("build-kernels", _build_kernels, "compile the GPU kernels to cubins and a manifest; needs no GPU")
+    kernels.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    kernels.add_argument("--arch", type=int, action="append", help="80, 90, 100 or 120; again for more (default: all)")
+    kernels.add_argument("--head-size", action="append", help="128, or 128x256 for K and V; again for more")
+    kernels.add_argument("--dtype", action="append", help="fp32, bf16 or fp16; again for more (default: all)")
+    kernels.add_argument("--kernel", action="append", help="a name of the table; again for more (default: all)")
+    kernels.add_argument("--jobs", type=int, help="processes (default: one for each core)")
+
     generate = command("generate", _generate, "continue a prompt with the most probable bytes")
     generate.add_argument("model", type=Path, help="model folder or .onnx file")
     generate.add_argument("--prompt", help="text to continue; without it, standard input")
@@ -87,6 +95,29 @@ def _export(options: argparse.Namespace) -> int:
     file = export(GDN2LM.from_pretrained(options.model), options.output, body=options.body)
     print(f"wrote {file} ({file.stat().st_size:,} bytes)")
     return 0
+
+
+def _build_kernels(options: argparse.Namespace) -> int:
+    from gdn2_ops.export import kernels
+
+    selection = {"archs": options.arch, "dtypes": options.dtype, "kernels": options.kernel}
+    if options.head_size is not None:
+        selection["head_sizes"] = [_head_size(text) for text in options.head_size]
+    builds = kernels.plan(**{name: value for name, value in selection.items() if value is not None})
+
+    def report(done: int, of: int) -> None:
+        if done % 50 == 0 or done == of:
+            print(f"{done} of {of} cubins", flush=True)
+
+    print(f"wrote {kernels.build_kernels(options.output, builds, jobs=options.jobs, report=report)}")
+    return 0
+
+
+def _head_size(text: str) -> tuple[int, int]:
+    K, _, V = text.partition("x")
+    if not K.isdecimal() or not (V or K).isdecimal():
+        raise ValueError(f"expected --head-size like 128 or 128x256, got {text!r}")
+    return int(K), int(V or K)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -11,7 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("gdn2_ops", "custom_ops", "export", "runtime")  # the last three are gdn2_ops.<folder> by links
 
-ABOVE = ("gdn2_ops", "functional", "gates", "layers", "model", "corpus", "backends", "export", "runtime", "demo", "cli")
+ABOVE = (
+    "gdn2_ops",
+    "functional",
+    "gates",
+    "layers",
+    "model",
+    "corpus",
+    "backends",
+    "export",
+    "export.kernels",
+    "runtime",
+    "demo",
+    "cli",
+)
 ARROWS = {
     "compiled": (),  # finds compiled libraries
     # below the waist: how a number is made
@@ -32,6 +45,7 @@ ARROWS = {
     "model": ("layers", "functional", "corpus"),
     "backends": ("model",),
     "export": ("export", "custom_ops"),
+    "export.kernels": ("kernels",),  # the kernels themselves are what it writes
     "runtime": ("runtime", "compiled"),
     "demo": ("corpus", "backends", "model", "export", "runtime"),
     "cli": (*ABOVE, "contract"),  # `gdn2 info` lists the schemas
@@ -65,10 +79,12 @@ def modules() -> dict[str, Path]:
 
 
 def layer(module: str) -> str:
-    """The row of a module: its first name below gdn2_ops, inside custom_ops its own name."""
+    """The row of a module: its first name below gdn2_ops, its own name inside custom_ops or where it has a row."""
     parts = module.split(".")
     if parts[:2] == ["gdn2_ops", "custom_ops"] and len(parts) > 2:
         return parts[2]
+    if ".".join(parts[1:]) in ARROWS:
+        return ".".join(parts[1:])
     return parts[1] if len(parts) > 1 else parts[0]
 
 
@@ -121,8 +137,10 @@ STANDARD = {
     "dataclasses",
     "enum",
     "functools",
+    "importlib",
     "itertools",
     "math",
+    "pkgutil",
     "types",
     "typing",
 }
@@ -156,6 +174,7 @@ BAD = {
     "up from a folder": ("gdn2_ops.export.onnx", "from ..model import Model"),
     "an exporter knows the model": ("gdn2_ops.export.onnx", "import gdn2_ops.model"),
     "an exporter knows the package": ("gdn2_ops.export.onnx", "from gdn2_ops import chunk"),
+    "an exporter knows a kernel": ("gdn2_ops.export.onnx", "from gdn2_ops.kernels import step"),
     "the runtime knows an exporter": ("gdn2_ops.runtime.session", "from gdn2_ops.export import onnx"),
     "the runtime loads torch": ("gdn2_ops.runtime.session", "import torch"),
     "the runtime loads part of torch": (
@@ -172,13 +191,14 @@ BAD = {
 }
 GOOD = {
     "the dispatch may": ("gdn2_ops.custom_ops.dispatch", "from gdn2_ops.kernels import step"),
+    "the exporter of kernels": ("gdn2_ops.export.kernels", "from gdn2_ops.kernels import step"),
     "a folder among itself": ("gdn2_ops.export.onnx", "from . import program"),
     "the runtime uses torch when asked": ("gdn2_ops.runtime.session", "def f():\n    import torch"),
     "types only": ("gdn2_ops.runtime.session", "if typing.TYPE_CHECKING:\n    import torch"),
     "the command line": ("gdn2_ops.cli", "import gdn2_ops\nfrom gdn2_ops.export import onnx"),
 }
 KNOWN = {f"gdn2_ops.{name}" for name in (*ARROWS, "custom_ops.dispatch", "custom_ops.contract", "kernels.step")}
-KNOWN |= {"gdn2_ops.export.onnx", "gdn2_ops.export.program"}
+KNOWN |= {"gdn2_ops.export.onnx", "gdn2_ops.export.program", "gdn2_ops.export.kernels"}
 
 
 @pytest.mark.parametrize("what", BAD)
