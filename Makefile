@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard custom_ops/native/CMakeLists.txt custom_ops/
 	$(wildcard runtime/onnxruntime/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train bench-cpu bench-ggml clean
+.PHONY: help install demo test lint format train bench-cpu bench-ggml kernels clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,9 @@ build/peers/ggml/src/libggml-cpu.so: | $(STAMP)
 	echo 'Name: ggml' > build/peers/$(LLAMA)/vendor/llama.cpp/ggml/ggml.pc.in
 	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S build/peers/$(LLAMA)/vendor/llama.cpp/ggml -B build/peers/ggml -DCMAKE_BUILD_TYPE=Release -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF > build/peers/ggml.log
 	$(BIN)/cmake --build build/peers/ggml >> build/peers/ggml.log
+
+kernels: $(STAMP)  ## every GPU kernel as cubins in build/kernels, without a GPU (half an hour on 2 cores; ARGS selects)
+	$(BIN)/gdn2 build-kernels -o build/kernels $(ARGS)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

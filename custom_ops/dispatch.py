@@ -6,6 +6,13 @@ from __future__ import annotations
 from gdn2_ops.custom_ops import contract
 
 
+def _chunk(q, k, v, g, b, w, state, cu_seqlens, scale):
+    from gdn2_ops.kernels import chunk_forward
+
+    contract.check_chunk(q, k, v, g, b, w, state, cu_seqlens)
+    return chunk_forward.chunk(q, k, v, g, b, w, state, cu_seqlens, scale)
+
+
 def _step(q, k, v, g, b, w, state, scale):
     from gdn2_ops.kernels import step
 
@@ -29,7 +36,7 @@ def _no_kernel(op: str):
 
 
 CUDA = {
-    "chunk": _no_kernel("chunk"),
+    "chunk": _chunk,
     "chunk_backward": _no_kernel("chunk_backward"),
     "step": _step,
     "step_inplace": _step_inplace,

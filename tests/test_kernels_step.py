@@ -5,8 +5,6 @@ import step_laws
 import torch
 from cases import CASES, Case
 
-import gdn2_ops
-from gdn2_ops.custom_ops import dispatch
 from gdn2_ops.kernels import step as kernel
 from gdn2_ops.kernels.step_layer import LayerToken, LayerWeights, step_layer
 
@@ -61,21 +59,6 @@ def test_an_empty_batch():
 @pytest.mark.parametrize("name", step_laws.LAYERS)
 def test_step_layer_is_the_layer(name, dtype):
     step_laws.assert_step_layer_is_the_layer(name, dtype, "cpu")
-
-
-@pytest.mark.parametrize("slots", [None, [2, 0]])
-def test_the_operators_launch_these_kernels_on_a_gpu(slots):
-    six, state = step_laws.token(Case("dispatched", 1, B=2), torch.float32, "cpu")
-    pool = torch.cat((state, state))
-    index = None if slots is None else torch.tensor(slots)
-    rows = state if slots is None else pool
-    for name in ("step", "step_inplace"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gdn2::{name}", "CUDA")
-    want_o, want_state = gdn2_ops.step(*six, state if slots is None else pool[index], scale=0.5)
-    o, final = dispatch.CUDA["step"](*six, state if slots is None else pool[index], 0.5)
-    o_inplace = dispatch.CUDA["step_inplace"](*six, rows, index, 0.5)
-    torch.testing.assert_close((o, o_inplace, final), (want_o, want_o, want_state))
-    torch.testing.assert_close(rows if slots is None else rows[index], want_state)
 
 
 WRONG = {
