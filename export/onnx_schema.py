@@ -6,14 +6,15 @@ import onnx
 from onnx.defs import OpSchema
 
 DOMAIN, OP, VERSION = "gdn2", "GatedDeltaNet2", 1
-OPSET, IR_VERSION = 21, 10  # of the files we write: ONNX Runtime from 1.20 on reads them
+OPSET, IR_VERSION = 21, 10  # of the files we write unless told: ONNX Runtime from 1.20 on reads them
+OPSETS = range(18, 26)  # that bodies and the exporter of torch 2.13 both know
 INPUTS = ("q", "k", "v", "g", "b", "w", "initial_state")
 OUTPUTS = ("o", "final_state")
 
 # With these two a TensorRT parser takes the plugin where it is registered, and the function body where it is not.
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 
-_DOC = """Gated DeltaNet-2 over T >= 1 tokens (T = 1 is a decoding step):
+DOC = """Gated DeltaNet-2 over T >= 1 tokens (T = 1 is a decoding step):
 S_t = (I - k_t (b_t*k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t*v_t)^T,  o_t = scale S_t^T q_t.
 Source: arXiv 2605.22791, eq. 10."""
 
@@ -39,7 +40,7 @@ SCHEMA = OpSchema(
     OP,
     DOMAIN,
     VERSION,
-    doc=_DOC,
+    doc=DOC,
     inputs=[_parameter(name) for name in INPUTS],
     outputs=[_parameter(name) for name in OUTPUTS],
     type_constraints=[
@@ -51,6 +52,15 @@ SCHEMA = OpSchema(
         *(OpSchema.Attribute(k, onnx.helper.make_attribute(k, v), "for TensorRT parsers") for k, v in PLUGIN.items()),
     ],
 )
+
+
+def _infer(context: onnx.shape_inference.InferenceContext) -> None:
+    """o is like v, the final state like the first one."""
+    for output, like in ((0, INPUTS.index("v")), (1, INPUTS.index("initial_state"))):
+        context.set_output_type(output, context.get_input_type(like))
+
+
+SCHEMA.set_type_and_shape_inference_function(_infer)
 
 
 def register_schema() -> None:

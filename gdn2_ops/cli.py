@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", type=Path, help="model folder")
     export.add_argument("--to", choices=["onnx"], required=True)
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
-    export.add_argument("--body", default="chunk", help="of the ONNX node: chunk (default), scan or linear_attention")
+    export.add_argument(
+        "--body", default="chunk", help="of the ONNX node: chunk (default), scan, linear_attention or none"
+    )
 
     kernels = command("build-kernels", _build_kernels, "compile the GPU kernels to cubins and a manifest; needs no GPU")
     kernels.add_argument("-o", "--output", type=Path, required=True, help="folder to write")

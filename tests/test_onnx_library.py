@@ -6,29 +6,26 @@ The files here have a body that is wrong on purpose (`o = v`, the state unchange
 import ctypes
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_files
 import onnxruntime
 import pytest
 import torch
 from cases import CASES, DTYPES, FORMS, OUTPUTS, Case, Inputs, assert_as_good_as, exact, inputs
 from onnx import TensorProto, helper
-from test_model import HYBRID, SMALL, small
-from test_onnx import assert_eager_numbers
+from onnx_files import AXES, SCALE, feed, run_in_one_buffer
 
-from gdn2_ops.export.onnx import export
 from gdn2_ops.export.onnx_schema import DOMAIN, INPUTS, IR_VERSION, OP, OPSET, PLUGIN
 from gdn2_ops.export.onnx_schema import OUTPUTS as NODE_OUTPUTS
 from gdn2_ops.runtime import onnxruntime_library
-from gdn2_ops.runtime.session import OnnxRuntimeBackend
 
-SCALE = 0.5
+session = partial(onnx_files.session, library=True)
 ONE_NODE_CASES = [case for case in CASES if case.cu_seqlens is None]
 ELEMENT = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}
-AXES = dict.fromkeys("qkgb", "B T H K") | dict.fromkeys("vwo", "B T HV V")
-AXES |= dict.fromkeys(("initial_state", "final_state"), "B HV K V")
 ABI = (Path(__file__).parents[1] / "runtime" / "onnxruntime" / "abi.h").read_text()
 SLOTS = {name: int(slot) for slot, name in re.findall(r"^constexpr Slot<\s*(\d+),[^;]*>\s+(\w+);$", ABI, re.MULTILINE)}
 
@@ -50,21 +47,6 @@ def model(dtype: torch.dtype = torch.float32, **types: int) -> bytes:
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     proto = helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=IR_VERSION)
     return proto.SerializeToString()
-
-
-def session(file: bytes, *, library: bool = True, threads: int = 1) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    if library:
-        onnxruntime_library.register(options)
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def feed(x: Inputs) -> dict[str, np.ndarray]:
-    B, _, HV, V = x.v.shape
-    state = torch.zeros(B, HV, x.q.shape[-1], V) if x.state is None else x.state
-    return {name: y.float().numpy() for name, y in zip(INPUTS, (*x[:6], state))}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,15 +76,8 @@ def test_past_and_present_may_be_one_buffer(T, sizes):
     x = inputs(Case("one buffer", T, **{"B": 2, "H": 2, "HV": 4} | sizes), torch.float32)
     run = session(model(), threads=2)
     want_o, want_state = run.run(None, feed(x))
-    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(y) for name, y in feed(x).items()}
-    binding = run.io_binding()
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-    binding.bind_output("o")
-    binding.bind_ortvalue_output("final_state", values["initial_state"])
-    run.run_with_iobinding(binding)
-    assert np.array_equal(binding.get_outputs()[0].numpy(), want_o)
-    assert np.array_equal(values["initial_state"].numpy(), want_state)
+    got = run_in_one_buffer(run, feed(x), {"initial_state": "final_state"})
+    assert np.array_equal(got["o"], want_o) and np.array_equal(got["final_state"], want_state)
 
 
 def test_steps_are_the_sequence():
@@ -187,13 +162,6 @@ def test_many_sessions_at_once():
     del sessions[0]
     others.append(sessions[0].run(None, x))
     assert all(np.array_equal(y, z) for other in others for y, z in zip(first, other))
-
-
-@pytest.mark.parametrize("config", [SMALL, HYBRID], ids=["recurrent", "hybrid"])
-def test_a_language_model_gives_the_eager_numbers(config, tmp_path):
-    lm = small(config)
-    file = export(lm, tmp_path / "model.onnx")
-    assert_eager_numbers(lm, OnnxRuntimeBackend(file, threads=1, library=True))
 
 
 class ApiBase(ctypes.Structure):
