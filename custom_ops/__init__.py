@@ -2,7 +2,7 @@
 
 The native library brings the schemas and the CPU kernels (native/); contract.py says what an operator accepts and
 returns, dispatch.py which kernel runs it on other devices, autograd.py how it is differentiated, batching.py how it is
-mapped, autocast.py what torch.autocast rounds.
+mapped, autocast.py what torch.autocast rounds. sharding.py, how DTensors are split, is imported by `gdn2_ops.parallel`.
 """
 
 import torch

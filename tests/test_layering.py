@@ -36,6 +36,7 @@ ARROWS = {
     "autograd": ("contract",),
     "batching": ("contract",),
     "autocast": ("contract",),
+    "sharding": ("contract",),
     "custom_ops": ("compiled", "contract", "dispatch", "autograd", "batching", "autocast"),
     # above: who uses the operators
     "functional": ("contract", "autocast"),
@@ -43,6 +44,7 @@ ARROWS = {
     "layers": ("functional",),
     "corpus": (),
     "model": ("layers", "functional", "corpus"),
+    "parallel": ("parallel", "sharding", "functional", "layers", "model"),
     "backends": ("model",),
     "export": ("export", "custom_ops"),
     "export.kernels": ("kernels",),  # the kernels themselves are what it writes
@@ -57,6 +59,7 @@ LIBRARIES = {  # what a layer may import besides the standard library, where tha
     "kernels": ("torch", "triton"),
     "batching": ("torch",),
     "autocast": ("torch",),
+    "sharding": ("torch",),
     "reference": ("torch",),
     "functional": ("torch",),
     "gates": ("torch",),
