@@ -173,7 +173,7 @@ class GatedDeltaNet2(nn.Module):
     def _inputs(self, x: Tensor, conv: Tensor | None) -> tuple[_Inputs, Tensor | None]:
         """The inputs of the operator and the new state of the convolution."""
         keys, values = (self.num_heads, self.head_dim), (self.num_v_heads, self.head_v_dim)
-        qkv_BTC = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
+        qkv_BTC = self._qkv(x)
         if self.use_short_conv:
             qkv_BTC, conv = self._convolve(qkv_BTC, conv)
         q, k, v = F.silu(qkv_BTC).split(self.channels, -1)
@@ -184,6 +184,10 @@ class GatedDeltaNet2(nn.Module):
         w = self.w_proj(x).sigmoid().unflatten(-1, values)
         b = 2 * b if self.allow_neg_eigval else b
         return _Inputs(q, k, v.unflatten(-1, values), g, b, w), conv
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        """What the convolution sees of x."""
+        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
 
     def _convolve(self, x_BTC: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
         """Causal depthwise convolution as a sum of shifted inputs, which compilers fuse with what stands around it."""
@@ -227,8 +231,8 @@ class SlidingWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, state: WindowState | None = None) -> tuple[Tensor, WindowState]:
         """x [B, T, hidden_size] -> y [B, T, hidden_size] and the last window - 1 keys and values."""
-        heads, T = (self.num_heads, self.head_dim), x.shape[1]
-        q, k, v = (p(x).unflatten(-1, heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        T = x.shape[1]
+        q, k, v = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         before = self.initial_state(x.shape[0]) if state is None else state
         seen_k, seen_v = torch.cat((before.k, k), 2), torch.cat((before.v, v), 2)
         after = WindowState(
@@ -257,6 +261,9 @@ class SlidingWindowAttention(nn.Module):
         like = self.q_proj.weight
         k, v = (like.new_zeros(batch, self.num_heads, self.window - 1, self.head_dim) for _ in range(2))
         return WindowState(k, v, like.new_zeros(batch, dtype=torch.int64))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _rotate(self, x_BHTD: Tensor, position_T: Tensor) -> Tensor:
         half = self.head_dim // 2

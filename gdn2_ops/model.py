@@ -221,8 +221,8 @@ class GDN2LM(nn.Module):
         return cast(Iterable[Block], self.layers)
 
     def _logits(self, x: Tensor) -> Tensor:
-        weight = self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
-        return F.linear(self.norm(x), weight)
+        x = self.norm(x)
+        return F.linear(x, self.embed.weight) if self.config.tie_embeddings else self.lm_head(x)
 
 
 def _mixer(config: GDN2Config, i: int) -> Mixer:
