@@ -7,7 +7,7 @@ NATIVE := CMakeLists.txt $(wildcard custom_ops/native/CMakeLists.txt custom_ops/
 	$(wildcard runtime/onnxruntime/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-web lint format train web web-serve bench-cpu bench-ggml bench-web kernels clean
+.PHONY: $(shell sed -nE 's/^([a-z-]+):.*\#\# .*/\1/p' Makefile)  # every target of the list below
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,6 +61,12 @@ lint: $(STAMP)  ## formatting, lints, types, import directions
 format: $(STAMP)  ## rewrite the files the way lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: $(STAMP)  ## a million right and wrong calls of the operators: none crashes, none leaks (10 minutes)
+	$(BIN)/python tests/fuzz.py $(ARGS)
+
+sanitize: $(STAMP)  ## operator tests and fuzzer under the address, undefined-behaviour and thread sanitizers (15 minutes, gcc)
+	$(BIN)/python tests/sanitize.py $(ARGS)
 
 train: $(STAMP)  ## examples/models/tiny again, from the standard library's source (16 minutes on 2 cores)
 	$(BIN)/python examples/train_tiny.py

@@ -107,15 +107,31 @@ def check_chunk_backward(
         _check_state(op, dfinal_state, _states_shape(q, v, cu_seqlens), q, "dfinal_state")
 
 
-def check_cu_seqlens_values(cu_seqlens: Tensor | None, T: int) -> None:
+def check_chunk_call(q, k, v, g, b, w, state, cu_seqlens) -> None:
+    """As `check_chunk`, and cu_seqlens rises from 0 to T. Reads values, so fakes do not call it."""
+    check_chunk(q, k, v, g, b, w, state, cu_seqlens)
+    check_cu_seqlens_values(cu_seqlens, q.shape[1])
+
+
+def check_chunk_backward_call(do, dfinal_state, q, k, v, g, b, w, state, cu_seqlens) -> None:
+    """As `check_chunk_backward`, and cu_seqlens rises from 0 to T. Reads values, so fakes do not call it."""
+    check_chunk_backward(do, dfinal_state, q, k, v, g, b, w, state, cu_seqlens)
+    check_cu_seqlens_values(cu_seqlens, q.shape[1], "gdn2::chunk_backward")
+
+
+def check_step_inplace_call(q, k, v, g, b, w, state, slots) -> None:
+    """As `check_step_inplace`, and slots are distinct rows of the pool. Reads values, so fakes do not call it."""
+    check_step_inplace(q, k, v, g, b, w, state, slots)
+    check_slots_values(slots, state.shape[0])
+
+
+def check_cu_seqlens_values(cu_seqlens: Tensor | None, T: int, op: str = "gdn2::chunk") -> None:
     """Raises ValueError unless cu_seqlens rises from 0 to T. Reads values, so fakes do not call it."""
     if cu_seqlens is None or not _has_values(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != T or any(begin > end for begin, end in pairwise(bounds)):
-        raise ValueError(
-            f"gdn2::chunk: expected cu_seqlens to start at 0, never fall and end at T = {T}, got {_some(bounds)}"
-        )
+        raise ValueError(f"{op}: expected cu_seqlens to start at 0, never fall and end at T = {T}, got {_some(bounds)}")
 
 
 def check_slots_values(slots: Tensor | None, pool: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from gdn2_ops.custom_ops import contract
 from gdn2_ops.custom_ops.autocast import lowered
+from gdn2_ops.custom_ops.autograd import call
+
+_CHUNK, _STEP = torch.ops.gdn2.chunk.default, torch.ops.gdn2.step.default
+_STEP_INPLACE = torch.ops.gdn2.step_inplace.default
 
 
 class GDN2Output(NamedTuple):
@@ -54,11 +59,10 @@ def chunk(
     Differentiable once in every floating tensor. The values of g, b, w and k are not checked: with b up to 1
     and no decay a state can still grow (docs/derivation.md, Stability). Source: arXiv 2605.22791, eq. 10.
     """
-    if not torch.compiler.is_compiling():  # compiled and exported programs are checked once, by the fakes
-        q, k, v, g, b, w = lowered(q, k, v, g, b, w)
-        contract.check_chunk(q, k, v, g, b, w, state, cu_seqlens)
-        contract.check_cu_seqlens_values(cu_seqlens, q.shape[1])
-    return GDN2Output(*torch.ops.gdn2.chunk(q, k, v, g, b, w, state, cu_seqlens, _scale(scale, q)))
+    try:
+        return GDN2Output(*call(_CHUNK, q, k, v, g, b, w, state, cu_seqlens, _scale(scale, q)))
+    except RuntimeError as error:
+        raise _in_words(error, contract.check_chunk_call, q, k, v, g, b, w, state, cu_seqlens) from None
 
 
 def step(
@@ -75,10 +79,10 @@ def step(
     Raises: ValueError, TypeError: an argument does not match the list above.
     Differentiable once in every tensor. Source: arXiv 2605.22791, eq. 10.
     """
-    if not torch.compiler.is_compiling():
-        q, k, v, g, b, w = lowered(q, k, v, g, b, w)
-        contract.check_step(q, k, v, g, b, w, state)
-    return GDN2Output(*torch.ops.gdn2.step(q, k, v, g, b, w, state, _scale(scale, q)))
+    try:
+        return GDN2Output(*call(_STEP, q, k, v, g, b, w, state, _scale(scale, q)))
+    except RuntimeError as error:
+        raise _in_words(error, contract.check_step, q, k, v, g, b, w, state) from None
 
 
 def step_inplace(
@@ -105,11 +109,19 @@ def step_inplace(
     Raises: ValueError, TypeError: an argument does not match the list above. RuntimeError: a gradient is asked for.
     Source: arXiv 2605.22791, eq. 10.
     """
-    if not torch.compiler.is_compiling():
-        q, k, v, g, b, w = lowered(q, k, v, g, b, w)
-        contract.check_step_inplace(q, k, v, g, b, w, state, slots)
-        contract.check_slots_values(slots, state.shape[0])
-    return torch.ops.gdn2.step_inplace(q, k, v, g, b, w, state, slots, _scale(scale, q))
+    try:
+        return call(_STEP_INPLACE, q, k, v, g, b, w, state, slots, _scale(scale, q))
+    except RuntimeError as error:
+        raise _in_words(error, contract.check_step_inplace_call, q, k, v, g, b, w, state, slots) from None
+
+
+def _in_words(error: RuntimeError, check: Callable[..., None], *arguments) -> Exception:
+    """A kernel refuses what does not match the contract, in a few words; the contract says it in its own."""
+    try:
+        check(*lowered(*arguments[:6]), *arguments[6:])
+    except (ValueError, TypeError) as better:
+        return better
+    return error
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

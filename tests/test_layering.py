@@ -39,7 +39,7 @@ ARROWS = {
     "sharding": ("contract",),
     "custom_ops": ("compiled", "contract", "dispatch", "autograd", "batching", "autocast"),
     # above: who uses the operators
-    "functional": ("contract", "autocast"),
+    "functional": ("contract", "autocast", "autograd"),
     "gates": (),
     "layers": ("functional",),
     "corpus": (),

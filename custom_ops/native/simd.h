@@ -52,16 +52,35 @@ GDN2_INLINE Vec once(Vec a) {
 GDN2_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 GDN2_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
 
+// The first n lanes, for a load (reads) or store (writes) at p. To gcc's sanitizers a masked access is none: they see these.
 GDN2_INLINE __mmask16 mask(int64_t n) { return n >= LANES ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
-GDN2_INLINE Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
-GDN2_INLINE void store(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, mask(n), a.x); }
+template <class T>
+GDN2_INLINE __mmask16 reads(const T* p, int64_t n) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  const volatile char* bytes = reinterpret_cast<const volatile char*>(p);
+  for (size_t i = 0; i < static_cast<size_t>(n < LANES ? n : LANES) * sizeof(T); ++i) (void)bytes[i];
+#endif
+  (void)p;
+  return mask(n);
+}
+template <class T>
+GDN2_INLINE __mmask16 writes(T* p, int64_t n) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  volatile char* bytes = reinterpret_cast<volatile char*>(p);
+  for (size_t i = 0; i < static_cast<size_t>(n < LANES ? n : LANES) * sizeof(T); ++i) bytes[i] = 0;
+#endif
+  (void)p;
+  return mask(n);
+}
+GDN2_INLINE Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(reads(p, n), p)}; }
+GDN2_INLINE void store(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, writes(p, n), a.x); }
 
-GDN2_INLINE Vec load(const Float16* p, int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p))}; }
+GDN2_INLINE Vec load(const Float16* p, int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(reads(p, n), p))}; }
 GDN2_INLINE void store(Float16* p, Vec a, int64_t n) {
-  _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_mask_storeu_epi16(p, writes(p, n), _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 GDN2_INLINE Vec load(const BFloat16* p, int64_t n) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), p)), 16))};
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(reads(p, n), p)), 16))};
 }
 GDN2_INLINE void store(BFloat16* p, Vec a, int64_t n) {
   const __m512i bits = _mm512_castps_si512(a.x), one = _mm512_set1_epi32(1);
@@ -70,7 +89,7 @@ GDN2_INLINE void store(BFloat16* p, Vec a, int64_t n) {
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);
   const __m512i top = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16);
-  _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(top));
+  _mm256_mask_storeu_epi16(p, writes(p, n), _mm512_cvtepi32_epi16(top));
 }
 
 // out[c][r] = in[r][c] for a LANES x LANES block.

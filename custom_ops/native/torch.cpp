@@ -10,8 +10,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -22,15 +24,13 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 [[noreturn]] void refuse(const char* op, const std::string& expected, const std::string& got) {
   STD_TORCH_CHECK(false, "gdn2::", op, ": expected ", expected, ", got ", got);
 }
 
-Sizes sizes(const Tensor& x) { return Sizes(x.sizes().begin(), x.sizes().end()); }
-
-std::string text(const Sizes& values) {
+std::string text(Sizes values) {
   std::string list;
   for (size_t i = 0; i < values.size() && i < 12; ++i) list += (i ? ", " : "") + std::to_string(values[i]);
   return "[" + list + (values.size() > 12 ? ", ...]" : "]");
@@ -45,11 +45,13 @@ std::string text(ScalarType type) {
   }
 }
 
-void expect(const char* op, const char* name, const Tensor& x, const Sizes& shape, ScalarType type) {
-  const std::string it = name;
-  if (!x.is_cpu()) refuse(op, it + " on cpu", "another device");
-  if (x.scalar_type() != type) refuse(op, it + " of dtype " + text(type), text(x.scalar_type()));
-  if (sizes(x) != shape) refuse(op, it + " of shape " + text(shape), text(sizes(x)));
+void expect(const char* op, const char* name, const Tensor& x, Sizes shape, ScalarType type) {
+  if (!x.is_cpu()) refuse(op, name + std::string(" on cpu"), "another device");
+  if (x.scalar_type() != type) refuse(op, std::string(name) + " of dtype " + text(type), text(x.scalar_type()));
+  const Sizes got = x.sizes();
+  if (!std::equal(got.begin(), got.end(), shape.begin(), shape.end())) {
+    refuse(op, std::string(name) + " of shape " + text(shape), text(got));
+  }
 }
 
 gdn2::Type type_of(const char* op, const Tensor& q) {
@@ -79,11 +81,13 @@ struct Inputs {
   Inputs(const char* op, int rank, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& b,
          const Tensor& w)
       : op(op), q(q), k(k), v(v), g(g), b(b), w(w), heads{}, type(type_of(op, q)) {
-    if (q.dim() != rank) refuse(op, "q of rank " + std::to_string(rank), text(sizes(q)));
-    if (v.dim() != rank) refuse(op, "v of rank " + std::to_string(rank), text(sizes(v)));
-    const Sizes keys = sizes(q);
-    Sizes values = keys;
-    std::copy_n(sizes(v).end() - 2, 2, values.end() - 2);
+    if (q.dim() != rank) refuse(op, "q of rank " + std::to_string(rank), text(q.sizes()));
+    if (v.dim() != rank) refuse(op, "v of rank " + std::to_string(rank), text(v.sizes()));
+    const Sizes keys = q.sizes();
+    int64_t like_v[4];  // the batch and tokens of q, the heads and channels of v
+    std::copy_n(keys.begin(), rank - 2, like_v);
+    std::copy_n(v.sizes().end() - 2, 2, like_v + rank - 2);
+    const Sizes values(like_v, rank);
     const ScalarType type_of_q = q.scalar_type();
     expect(op, "q", q, keys, type_of_q);
     expect(op, "k", k, keys, type_of_q);
@@ -96,28 +100,37 @@ struct Inputs {
       refuse(op, "HV to be a positive multiple of H = " + std::to_string(heads.H), std::to_string(heads.HV));
     }
     if (std::min(heads.K, heads.V) < 1 || std::max(heads.K, heads.V) > gdn2::MAX_HEAD) {
-      refuse(op, "head sizes K and V in 1..256", text({heads.K, heads.V}));
+      refuse(op, "head sizes K and V in 1..256", std::to_string(heads.K) + " and " + std::to_string(heads.V));
     }
     for (Tensor* x : {&this->q, &this->k, &this->v, &this->g, &this->b, &this->w}) *x = packed_heads(*x);
   }
 
-  Sizes state_shape(int64_t states) const { return {states, heads.HV, heads.K, heads.V}; }
+  std::array<int64_t, 4> state_shape(int64_t states) const { return {states, heads.HV, heads.K, heads.V}; }
 };
 
 gdn2::View view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.dim() == 4 ? x.stride(1) : 0}; }
 
+#if defined(__SANITIZE_THREAD__)
+// The thread sanitizer does not see how OpenMP's threads wait for each other; it sees how these do. One thread each task.
+void run_in_torch(void*, int64_t tasks, void (*body)(void*, int64_t), void* closure) {
+  std::vector<std::thread> running;
+  for (int64_t i = 0; i < tasks; ++i) running.emplace_back(body, closure, i);
+  for (std::thread& thread : running) thread.join();
+}
+#else
 void run_in_torch(void*, int64_t tasks, void (*body)(void*, int64_t), void* closure) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(closure, i);
   });
 }
+#endif
 
 gdn2::ThreadPool threads() {
   return {run_in_torch, nullptr, static_cast<int>(torch::stable::get_num_threads())};
 }
 
 std::vector<int64_t> indices(const char* op, const char* name, const Tensor& x) {
-  if (!x.is_cpu() || x.dim() != 1) refuse(op, std::string(name) + " to be a vector on cpu", text(sizes(x)));
+  if (!x.is_cpu() || x.dim() != 1) refuse(op, std::string(name) + " to be a vector on cpu", text(x.sizes()));
   const Tensor source = packed(x);
   std::vector<int64_t> values(source.numel());
   if (x.scalar_type() == ScalarType::Long) {
@@ -183,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_backwar
     const Tensor g, const Tensor b, const Tensor w, const std::optional<Tensor> state,
     const std::optional<Tensor> cu_seqlens, double scale) {
   const Sequences in(Inputs("chunk_backward", 4, q, k, v, g, b, w), state, cu_seqlens, scale);
-  expect("chunk_backward", "do", do_, sizes(v), v.scalar_type());
+  expect("chunk_backward", "do", do_, v.sizes(), v.scalar_type());
   const Tensor do_packed = packed_heads(do_);
   std::optional<Tensor> dfinal;
   if (dfinal_state) {

@@ -1,0 +1,31 @@
+"""The fuzzer of `make fuzz`, a small part of its calls."""
+
+import pytest
+import torch
+from fuzz import CHECKS, run
+
+from gdn2_ops.custom_ops import contract
+
+
+def test_operators_take_exactly_what_the_contract_takes():
+    ends, _ = run(calls=3000, seed=1)
+    assert sum(ends.values()) == 3000
+    for name in CHECKS:
+        assert ends[f"{name} taken"] > 300 and ends[f"{name} refused"] > 100
+
+
+def test_a_laxer_contract_is_found(monkeypatch):
+    monkeypatch.setitem(CHECKS, "chunk", lambda *arguments: None)
+    with pytest.raises(AssertionError, match="chunk refuses what the contract takes"):
+        run(calls=300, seed=1)
+
+
+def test_a_stricter_contract_is_found(monkeypatch):
+    def half_is_wrong(q, *rest):
+        contract.check_step(q, *rest)
+        if q.dtype == torch.float16:
+            raise TypeError("no float16")
+
+    monkeypatch.setitem(CHECKS, "step", half_is_wrong)
+    with pytest.raises(AssertionError, match="step takes what the contract refuses: no float16"):
+        run(calls=300, seed=1)
