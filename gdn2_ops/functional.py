@@ -61,7 +61,7 @@ def chunk(
     """
     try:
         return GDN2Output(*call(_CHUNK, q, k, v, g, b, w, state, cu_seqlens, _scale(scale, q)))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise _in_words(error, contract.check_chunk_call, q, k, v, g, b, w, state, cu_seqlens) from None
 
 
@@ -81,7 +81,7 @@ def step(
     """
     try:
         return GDN2Output(*call(_STEP, q, k, v, g, b, w, state, _scale(scale, q)))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise _in_words(error, contract.check_step, q, k, v, g, b, w, state) from None
 
 
@@ -111,11 +111,11 @@ def step_inplace(
     """
     try:
         return call(_STEP_INPLACE, q, k, v, g, b, w, state, slots, _scale(scale, q))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise _in_words(error, contract.check_step_inplace_call, q, k, v, g, b, w, state, slots) from None
 
 
-def _in_words(error: RuntimeError, check: Callable[..., None], *arguments) -> Exception:
+def _in_words(error: Exception, check: Callable[..., None], *arguments) -> Exception:
     """A kernel refuses what does not match the contract, in a few words; the contract says it in its own."""
     try:
         check(*lowered(*arguments[:6]), *arguments[6:])
