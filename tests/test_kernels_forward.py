@@ -20,6 +20,7 @@ def assert_chunk_as_good_as_the_specification(case: Case, dtype: torch.dtype) ->
         assert_as_good_as(same, y, z, dtype, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_chunk_is_the_specification(case):
-    assert_chunk_as_good_as_the_specification(case, torch.float32)
+def test_chunk_is_the_specification(case, dtype):
+    assert_chunk_as_good_as_the_specification(case, dtype)

@@ -15,7 +15,7 @@ N sequences; HV value heads in groups of HV / H that share a key head.
 
 The workspace, written by `prepare`. Chunk c of sequence n has slot n ceil(T / C) + c; packed sequences start at slot
 begin_n // C + n instead, which needs no table: there are T // C + N slots and those left over are never touched.
-Tokens past the end of a sequence are rows of zeros, of A the identity's. q's dtype, but decay is float32:
+Tokens past the end of a sequence are rows of zeros, of A the identity's. q's dtype, but a and decay are float32:
 
     y, qd, kt [slots, H, C, K]      a, aqk [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
     BACKWARD:  states [slots, HV, key_size, value_size], q's dtype      r [B, T, HV, V] like v
@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, prepare
+from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, prepare, product
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def recur_kernel(
     BV: tl.constexpr,
 ):
     OPERAND: tl.constexpr = y_ptr.dtype.element_ty
-    PRECISION: tl.constexpr = "ieee" if tl.float32 == OPERAND else "tf32"
+    PRECISION: tl.constexpr = "ieee" if OPERAND == tl.float32 else "tf32"
     i_v = tl.program_id(0) % (V // BV)
     i_hv = tl.program_id(0) // (V // BV) % HV
     i_run = tl.program_id(0) // (V // BV * HV)  # of N * segments
@@ -115,7 +115,7 @@ def recur_kernel(
         z_CV *= tl.load(v_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         operand_KV = state_KV.to(OPERAND)
         a_CC = tl.load(a_ptr + at_slot * C * C + at_work_CC)
-        r_CV = tl.dot(a_CC, z_CV.to(OPERAND), input_precision=PRECISION)
+        r_CV = product(a_CC, z_CV, tl.zeros([C, BV], tl.float32), OPERAND)
         y_CK = tl.load(y_ptr + at_slot * C * K + at_work_CK)
         r_CV = (r_CV - tl.dot(y_CK, operand_KV, input_precision=PRECISION)).to(OPERAND)
         if BACKWARD:
@@ -141,8 +141,8 @@ def recur_kernel(
 RECUR = Kernel(
     name="recur",
     function=recur_kernel,
-    types=dict.fromkeys(("y", "qd", "kt", "a", "aqk"), "*q")
-    | {"decay": "*fp32", "v": "*q", "w": "*q", "state": "*fp32", "cu_seqlens": "*i64"}
+    types=dict.fromkeys(("y", "qd", "kt"), "*q")
+    | {"a": "*fp32", "aqk": "*q", "decay": "*fp32", "v": "*q", "w": "*q", "state": "*fp32", "cu_seqlens": "*i64"}
     | dict.fromkeys(("T", "H", "HV", "segments", "length", "key_size", "value_size"), "i32")
     | {"o": "*q", "final_state": "*fp32", "states": "*q", "r": "*q"},
     options={"STATE": (0, 1), "PACKED": (0, 1), "BACKWARD": (0, 1), "MASKED": (0, 1)},

@@ -23,6 +23,21 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def product(a, b, acc, DTYPE: tl.constexpr):
+    """acc + a b of float32 tiles that T and A are made of or act by: a rounding there grows with every later token.
+
+    To 8 times the digits of q's dtype or more: bfloat16 in tf32, float16 in two halves of each number.
+    """
+    if DTYPE == tl.float16:
+        a_high, b_high = a.to(tl.float16), b.to(tl.float16)
+        acc = tl.dot((a - a_high.to(tl.float32)).to(tl.float16), b_high, acc)
+        acc = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.float16), acc)
+        return tl.dot(a_high, b_high, acc)
+    else:
+        return tl.dot(a, b, acc, input_precision="tf32" if DTYPE == tl.bfloat16 else "ieee")
+
+
+@triton.jit
 def locate(cu_seqlens_ptr, i_slot, T, N, C: tl.constexpr, PACKED: tl.constexpr):
     """The first token of a slot's chunk as a row of [B T], and how many it has: none or fewer where none is there."""
     if PACKED:
@@ -74,20 +89,21 @@ def neighbours(i, size: tl.constexpr):
 
 
 @triton.jit
-def invert(t_PRR, t_CC, PRECISION: tl.constexpr, FINE: tl.constexpr):
+def invert(t_PRR, t_CC, DTYPE: tl.constexpr):
     """(I + T)^-1 of the strictly lower T: blocks t_PRR on the diagonal, the rest in t_CC.
 
     [[X, 0], [L, Y]]^-1 = [[X^-1, 0], [-Y^-1 L X^-1, Y^-1]] for pairs of 1, 2, 4, ... rows: every step is exact and
     none forms a power of T.
     """
     P: tl.constexpr = t_PRR.shape[0]
+    INSIDE: tl.constexpr = "ieee" if DTYPE == tl.float32 else "tf32x3"
     i_R = tl.arange(0, 16)
     one_RR = tl.where(i_R[:, None] == i_R[None, :], 1.0, 0.0)
     x_PRR = one_RR[None, :, :] - tl.where(neighbours(i_R, 1)[None, :, :], t_PRR, 0.0)
     for log_half in tl.static_range(1, 4):
         link_PRR = tl.where(neighbours(i_R, 1 << log_half)[None, :, :], t_PRR, 0.0)
-        step_PRR = tl.dot(x_PRR, link_PRR, input_precision=FINE)
-        x_PRR -= tl.dot(step_PRR, x_PRR, input_precision=FINE)
+        step_PRR = tl.dot(x_PRR, link_PRR, input_precision=INSIDE)
+        x_PRR -= tl.dot(step_PRR, x_PRR, input_precision=INSIDE)
 
     i_P = tl.arange(0, P)
     same_PRPR = (i_P[:, None] == i_P[None, :])[:, None, :, None]
@@ -95,8 +111,8 @@ def invert(t_PRR, t_CC, PRECISION: tl.constexpr, FINE: tl.constexpr):
     i_C = tl.arange(0, P * 16)
     for log_half in tl.static_range(4, 6):
         link_CC = tl.where(neighbours(i_C, 1 << log_half), t_CC, 0.0)
-        step_CC = tl.dot(x_CC, link_CC, input_precision=PRECISION)
-        x_CC -= tl.dot(step_CC, x_CC, input_precision=PRECISION)
+        step_CC = product(x_CC, link_CC, tl.zeros_like(x_CC), DTYPE)
+        x_CC = product(-step_CC, x_CC, x_CC, DTYPE)
     return x_CC
 
 
@@ -130,11 +146,11 @@ def prepare_kernel(
     BK: tl.constexpr,
 ):
     OPERAND: tl.constexpr = y_ptr.dtype.element_ty
-    EXACT: tl.constexpr = tl.float32 == OPERAND
-    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
-    INSIDE: tl.constexpr = tl.bfloat16 if tl.bfloat16 == OPERAND else tl.float32  # 1 / gamma passes float16's range
-    SPAN: tl.constexpr = 4.0 if EXACT else 100.0  # octaves; float32: more would cost digits of the exponent
+    EXACT: tl.constexpr = OPERAND == tl.float32
+    INSIDE: tl.constexpr = "ieee" if EXACT else ("tf32" if OPERAND == tl.bfloat16 else "tf32x3")
+    SPAN: tl.constexpr = 4.0 if EXACT else 100.0  # octaves; float32: more would cost digits
     P: tl.constexpr = C // 16
+    SLICES: tl.constexpr = K // BK
 
     i_slot, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     first, tokens = locate(cu_seqlens_ptr, i_slot, T, N, C, PACKED)
@@ -155,13 +171,15 @@ def prepare_kernel(
     block_C1, block_1C = (i_C // 16)[:, None], (i_C // 16)[None, :]
     near_CC = neighbours(i_C, 16)
 
-    t_CC, aqk_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    t_near_CC, aqk_near_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    t_far_CC, aqk_far_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     t_PRR, aqk_PRR = tl.zeros([P, 16, 16], tl.float32), tl.zeros([P, 16, 16], tl.float32)
-    for i_slice in tl.range(0, K // BK):
+    e_PRSK = tl.zeros([P, 16, SLICES, BK], OPERAND)
+    for i_slice in tl.range(0, SLICES):
         i_K = i_slice * BK + tl.arange(0, BK)
         live_PRK = (row_PR1 < tokens) & (i_K < keys)[None, None, :]
         at_PRK = row_PR1 * stride + i_K[None, None, :]
-        at_work_PRK = at_slot * C * K + row_PR1 * K + i_K[None, None, :]
+        at_work_PRK = row_PR1 * K + i_K[None, None, :]
         q_PRK = tl.load(q_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(tl.float32) * scale
         k_PRK = tl.load(k_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(tl.float32)
         e_PRK = tl.load(b_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(tl.float32) * k_PRK
@@ -180,47 +198,42 @@ def prepare_kernel(
 
         gamma_PRK = to_head_PRK * tl.exp2(along_blocks(link_PK, before_PP) + g_first_K[None, :])[:, None, :]
         tail_PRK = to_reach_PRK * tl.exp2(along_blocks(link_PK, after_PP))[:, None, :]
-        tl.store(qd_ptr + at_work_PRK, (q_PRK * gamma_PRK).to(OPERAND))
-        tl.store(y_ptr + at_work_PRK, (e_PRK * gamma_PRK).to(OPERAND))  # E, which Y replaces below
-        tl.store(kt_ptr + at_work_PRK, (k_PRK * tail_PRK).to(OPERAND))
+        tl.store(qd_ptr + at_slot * C * K + at_work_PRK, (q_PRK * gamma_PRK).to(OPERAND))
+        here_S1 = (tl.arange(0, SLICES) == i_slice)[:, None]
+        e_PRSK = tl.where(here_S1[None, None, :, :], (e_PRK * gamma_PRK).to(OPERAND)[:, :, None, :], e_PRSK)
+        tl.store(kt_ptr + at_slot * C * K + at_work_PRK, (k_PRK * tail_PRK).to(OPERAND))
         tl.store(decay_ptr + at_slot * K + i_K, tl.exp2(tl.sum(link_PK, 0) + g_first_K))
 
         # pairs of blocks, then of halves: rows of the later one, columns of the earlier one, both from its first row
         x_PRK = tl.where(odd_P11, to_head_PRK, to_reach_PRK)
-        k_KC = tl.trans(tl.reshape((k_PRK * x_PRK).to(OPERAND), [C, BK]))
-        t_near_CC = tl.dot(tl.reshape((e_PRK * x_PRK).to(OPERAND), [C, BK]), k_KC, input_precision=PRECISION)
-        aqk_near_CC = tl.dot(tl.reshape((q_PRK * x_PRK).to(OPERAND), [C, BK]), k_KC, input_precision=PRECISION)
+        k_KC = tl.trans(tl.reshape(k_PRK * x_PRK, [C, BK]))
+        t_near_CC = product(tl.reshape(e_PRK * x_PRK, [C, BK]), k_KC, t_near_CC, OPERAND)
+        aqk_near_CC = product(tl.reshape(q_PRK * x_PRK, [C, BK]), k_KC, aqk_near_CC, OPERAND)
         x_PRK = tl.where(late_P11, to_head_PRK, to_reach_PRK) * tl.exp2(along_blocks(link_PK, middle_PP))[:, None, :]
-        k_KC = tl.trans(tl.reshape((k_PRK * x_PRK).to(OPERAND), [C, BK]))
-        t_far_CC = tl.dot(tl.reshape((e_PRK * x_PRK).to(OPERAND), [C, BK]), k_KC, input_precision=PRECISION)
-        aqk_far_CC = tl.dot(tl.reshape((q_PRK * x_PRK).to(OPERAND), [C, BK]), k_KC, input_precision=PRECISION)
-        t_CC += tl.where(near_CC, t_near_CC, t_far_CC)
-        aqk_CC += tl.where(near_CC, aqk_near_CC, aqk_far_CC)
+        k_KC = tl.trans(tl.reshape(k_PRK * x_PRK, [C, BK]))
+        t_far_CC = product(tl.reshape(e_PRK * x_PRK, [C, BK]), k_KC, t_far_CC, OPERAND)
+        aqk_far_CC = product(tl.reshape(q_PRK * x_PRK, [C, BK]), k_KC, aqk_far_CC, OPERAND)
 
         if tl.min(head_PRK) < -SPAN:
             t, aqk = pairwise(q_PRK, e_PRK, k_ptr + at_head, g_ptr + at_head, at_PRK, live_PRK, stride)
             t_PRR += t
             aqk_PRR += aqk
         else:
-            k_PKR = tl.permute((k_PRK * tl.exp2(-head_PRK)).to(INSIDE), (0, 2, 1))
-            t_PRR += tl.dot((e_PRK * to_head_PRK).to(INSIDE), k_PKR, input_precision=PRECISION)
-            aqk_PRR += tl.dot((q_PRK * to_head_PRK).to(INSIDE), k_PKR, input_precision=PRECISION)
+            k_PKR = tl.permute(k_PRK * tl.exp2(-head_PRK), (0, 2, 1))
+            t_PRR += tl.dot(e_PRK * to_head_PRK, k_PKR, input_precision=INSIDE)
+            aqk_PRR += tl.dot(q_PRK * to_head_PRK, k_PKR, input_precision=INSIDE)
 
-    at_PRR = at_slot * C * C + row_PR1 * C + (i_P[:, None] * 16 + i_R[None, :])[:, None, :]
-    at_CC = at_slot * C * C + i_C[:, None] * C + i_C[None, :]
+    at_PRR = row_PR1 * C + (i_P[:, None] * 16 + i_R[None, :])[:, None, :]
+    at_CC = i_C[:, None] * C + i_C[None, :]
     aqk_PRR = tl.where((i_R[:, None] >= i_R[None, :])[None, :, :], aqk_PRR, 0.0)
-    tl.store(aqk_ptr + at_PRR, aqk_PRR.to(OPERAND))
-    aqk_CC = tl.where(block_C1 > block_1C, aqk_CC, 0.0)
-    tl.store(aqk_ptr + at_CC, aqk_CC.to(OPERAND), mask=block_C1 != block_1C)
-    a_CC = invert(t_PRR, t_CC, PRECISION, "ieee" if EXACT else "tf32x3").to(OPERAND)
-    tl.store(a_ptr + at_CC, a_CC)
-
-    tl.debug_barrier()  # E was written by other threads
-    for i_slice in tl.range(0, K // BK):
-        at_work_CK = at_slot * C * K + i_C[:, None] * K + (i_slice * BK + tl.arange(0, BK))[None, :]
-        y_CK = tl.dot(a_CC, tl.load(y_ptr + at_work_CK), input_precision=PRECISION)
-        tl.debug_barrier()
-        tl.store(y_ptr + at_work_CK, y_CK.to(OPERAND))
+    tl.store(aqk_ptr + at_slot * C * C + at_PRR, aqk_PRR.to(OPERAND))
+    aqk_CC = tl.where(block_C1 > block_1C, tl.where(near_CC, aqk_near_CC, aqk_far_CC), 0.0)
+    tl.store(aqk_ptr + at_slot * C * C + at_CC, aqk_CC.to(OPERAND), mask=block_C1 != block_1C)
+    a_CC = invert(t_PRR, tl.where(near_CC, t_near_CC, t_far_CC), OPERAND)
+    tl.store(a_ptr + at_slot * C * C + at_CC, a_CC)
+    e_CK = tl.reshape(e_PRSK, [C, K]).to(tl.float32)
+    y_CK = product(a_CC, e_CK, tl.zeros([C, K], tl.float32), OPERAND)
+    tl.store(y_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], y_CK.to(OPERAND))
 
 
 class Workspace(NamedTuple):
@@ -241,8 +254,8 @@ PREPARE = Kernel(
     | {"g": "*fp32", "b": "*q", "cu_seqlens": "*i64"}
     | dict.fromkeys(("T", "H", "N", "key_size"), "i32")
     | {"scale": "fp32"}
-    | dict.fromkeys(("y", "qd", "kt", "a", "aqk"), "*q")
-    | {"decay": "*fp32"},
+    | dict.fromkeys(("y", "qd", "kt"), "*q")
+    | {"a": "*fp32", "aqk": "*q", "decay": "*fp32"},
     options={"PACKED": (0, 1), "MASKED": (0, 1)},
     grid="(slots * H, 1, 1)",
 )
@@ -253,10 +266,9 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, b: Tensor, cu_seqlens: Tensor | Non
     (B, T, H, key_size), K = q.shape, tiles.head_size(q.shape[3])
     slots = B * triton.cdiv(T, C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
     keys = (q.new_empty(slots, H, C, K) for _ in range(3))
-    scores = (q.new_empty(slots, H, C, C) for _ in range(2))
     y, qd, kt = keys
-    a, aqk = scores
-    out = Workspace(y, qd, kt, a, aqk, g.new_empty(slots, H, K))
+    aqk = q.new_empty(slots, H, C, C)
+    out = Workspace(y, qd, kt, g.new_empty(slots, H, C, C), aqk, g.new_empty(slots, H, K))
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     inputs = (q.contiguous(), k.contiguous(), g.contiguous(), b.contiguous(), cu_seqlens)
     PREPARE.launch(

@@ -60,7 +60,9 @@ ROWS = (
         _Row("step_layer_masked", ANY_DTYPE, (K,), HEAD_SIZES, ANY_ARCH, Tile({"BV": 32}, num_warps=min(8, K // 16)))
         for K in HEAD_SIZES
     ),
-    _Row("prepare", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 32}, num_warps=8)),
+    # prepare: slices of 16 keys, since with 32 the scores of a chunk and what waits for A spill.
+    _Row("prepare", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 16}, num_warps=8)),
+    # recur: [K, BV] of the state in registers.
     _Row("recur", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
 )
 
