@@ -81,8 +81,8 @@ def recur_kernel(
     C: tl.constexpr,
     BV: tl.constexpr,
 ):
-    OPERAND: tl.constexpr = y_ptr.dtype.element_ty
-    PRECISION: tl.constexpr = "ieee" if OPERAND == tl.float32 else "tf32"
+    operand: tl.constexpr = y_ptr.dtype.element_ty
+    PRECISION: tl.constexpr = "ieee" if operand == tl.float32 else "tf32"
     i_v = tl.program_id(0) % (V // BV)
     i_hv = tl.program_id(0) // (V // BV) % HV
     i_run = tl.program_id(0) // (V // BV * HV)  # of N * segments
@@ -113,11 +113,11 @@ def recur_kernel(
         live_CV = (row + i_C < tokens)[:, None] & (i_V < values)[None, :]
         z_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         z_CV *= tl.load(v_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
-        operand_KV = state_KV.to(OPERAND)
+        operand_KV = state_KV.to(operand)
         a_CC = tl.load(a_ptr + at_slot * C * C + at_work_CC)
-        r_CV = product(a_CC, z_CV, tl.zeros([C, BV], tl.float32), OPERAND)
+        r_CV = product(a_CC, z_CV, tl.zeros([C, BV], tl.float32), operand)
         y_CK = tl.load(y_ptr + at_slot * C * K + at_work_CK)
-        r_CV = (r_CV - tl.dot(y_CK, operand_KV, input_precision=PRECISION)).to(OPERAND)
+        r_CV = (r_CV - tl.dot(y_CK, operand_KV, input_precision=PRECISION)).to(operand)
         if BACKWARD:
             at_states = (slot * HV + i_hv) * keys * values
             tl.store(states_ptr + at_states + at_KV, operand_KV, mask=live_KV)
@@ -127,7 +127,7 @@ def recur_kernel(
             o_CV = tl.dot(qd_CK, operand_KV, input_precision=PRECISION)
             aqk_CC = tl.load(aqk_ptr + at_slot * C * C + at_work_CC)
             o_CV = tl.dot(aqk_CC, r_CV, o_CV, input_precision=PRECISION)
-            tl.store(o_ptr + at_token + at_CV, o_CV.to(OPERAND), mask=live_CV)
+            tl.store(o_ptr + at_token + at_CV, o_CV.to(operand), mask=live_CV)
         state_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
         kt_CK = tl.load(kt_ptr + at_slot * C * K + at_work_CK)
         state_KV = tl.dot(tl.trans(kt_CK), r_CV, state_KV, input_precision=PRECISION)

@@ -23,18 +23,18 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def product(a, b, acc, DTYPE: tl.constexpr):
+def product(a, b, acc, dtype: tl.constexpr):
     """acc + a b of float32 tiles that T and A are made of or act by: a rounding there grows with every later token.
 
     To 8 times the digits of q's dtype or more: bfloat16 in tf32, float16 in two halves of each number.
     """
-    if DTYPE == tl.float16:
+    if dtype == tl.float16:
         a_high, b_high = a.to(tl.float16), b.to(tl.float16)
         acc = tl.dot((a - a_high.to(tl.float32)).to(tl.float16), b_high, acc)
         acc = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.float16), acc)
         return tl.dot(a_high, b_high, acc)
     else:
-        return tl.dot(a, b, acc, input_precision="tf32" if DTYPE == tl.bfloat16 else "ieee")
+        return tl.dot(a, b, acc, input_precision="tf32" if dtype == tl.bfloat16 else "ieee")
 
 
 @triton.jit
@@ -89,14 +89,14 @@ def neighbours(i, size: tl.constexpr):
 
 
 @triton.jit
-def invert(t_PRR, t_CC, DTYPE: tl.constexpr):
+def invert(t_PRR, t_CC, dtype: tl.constexpr):
     """(I + T)^-1 of the strictly lower T: blocks t_PRR on the diagonal, the rest in t_CC.
 
     [[X, 0], [L, Y]]^-1 = [[X^-1, 0], [-Y^-1 L X^-1, Y^-1]] for pairs of 1, 2, 4, ... rows: every step is exact and
     none forms a power of T.
     """
     P: tl.constexpr = t_PRR.shape[0]
-    INSIDE: tl.constexpr = "ieee" if DTYPE == tl.float32 else "tf32x3"
+    INSIDE: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32x3"
     i_R = tl.arange(0, 16)
     one_RR = tl.where(i_R[:, None] == i_R[None, :], 1.0, 0.0)
     x_PRR = one_RR[None, :, :] - tl.where(neighbours(i_R, 1)[None, :, :], t_PRR, 0.0)
@@ -111,8 +111,8 @@ def invert(t_PRR, t_CC, DTYPE: tl.constexpr):
     i_C = tl.arange(0, P * 16)
     for log_half in tl.static_range(4, 6):
         link_CC = tl.where(neighbours(i_C, 1 << log_half), t_CC, 0.0)
-        step_CC = product(x_CC, link_CC, tl.zeros_like(x_CC), DTYPE)
-        x_CC = product(-step_CC, x_CC, x_CC, DTYPE)
+        step_CC = product(x_CC, link_CC, tl.zeros_like(x_CC), dtype)
+        x_CC = product(-step_CC, x_CC, x_CC, dtype)
     return x_CC
 
 
@@ -145,9 +145,9 @@ def prepare_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
 ):
-    OPERAND: tl.constexpr = y_ptr.dtype.element_ty
-    EXACT: tl.constexpr = OPERAND == tl.float32
-    INSIDE: tl.constexpr = "ieee" if EXACT else ("tf32" if OPERAND == tl.bfloat16 else "tf32x3")
+    operand: tl.constexpr = y_ptr.dtype.element_ty
+    EXACT: tl.constexpr = operand == tl.float32
+    INSIDE: tl.constexpr = "ieee" if EXACT else ("tf32" if operand == tl.bfloat16 else "tf32x3")
     SPAN: tl.constexpr = 4.0 if EXACT else 100.0  # octaves; float32: more would cost digits
     P: tl.constexpr = C // 16
     SLICES: tl.constexpr = K // BK
@@ -174,7 +174,7 @@ def prepare_kernel(
     t_near_CC, aqk_near_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     t_far_CC, aqk_far_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     t_PRR, aqk_PRR = tl.zeros([P, 16, 16], tl.float32), tl.zeros([P, 16, 16], tl.float32)
-    e_PRSK = tl.zeros([P, 16, SLICES, BK], OPERAND)
+    e_PRSK = tl.zeros([P, 16, SLICES, BK], operand)
     for i_slice in tl.range(0, SLICES):
         i_K = i_slice * BK + tl.arange(0, BK)
         live_PRK = (row_PR1 < tokens) & (i_K < keys)[None, None, :]
@@ -198,21 +198,21 @@ def prepare_kernel(
 
         gamma_PRK = to_head_PRK * tl.exp2(along_blocks(link_PK, before_PP) + g_first_K[None, :])[:, None, :]
         tail_PRK = to_reach_PRK * tl.exp2(along_blocks(link_PK, after_PP))[:, None, :]
-        tl.store(qd_ptr + at_slot * C * K + at_work_PRK, (q_PRK * gamma_PRK).to(OPERAND))
+        tl.store(qd_ptr + at_slot * C * K + at_work_PRK, (q_PRK * gamma_PRK).to(operand))
         here_S1 = (tl.arange(0, SLICES) == i_slice)[:, None]
-        e_PRSK = tl.where(here_S1[None, None, :, :], (e_PRK * gamma_PRK).to(OPERAND)[:, :, None, :], e_PRSK)
-        tl.store(kt_ptr + at_slot * C * K + at_work_PRK, (k_PRK * tail_PRK).to(OPERAND))
+        e_PRSK = tl.where(here_S1[None, None, :, :], (e_PRK * gamma_PRK).to(operand)[:, :, None, :], e_PRSK)
+        tl.store(kt_ptr + at_slot * C * K + at_work_PRK, (k_PRK * tail_PRK).to(operand))
         tl.store(decay_ptr + at_slot * K + i_K, tl.exp2(tl.sum(link_PK, 0) + g_first_K))
 
         # pairs of blocks, then of halves: rows of the later one, columns of the earlier one, both from its first row
         x_PRK = tl.where(odd_P11, to_head_PRK, to_reach_PRK)
         k_KC = tl.trans(tl.reshape(k_PRK * x_PRK, [C, BK]))
-        t_near_CC = product(tl.reshape(e_PRK * x_PRK, [C, BK]), k_KC, t_near_CC, OPERAND)
-        aqk_near_CC = product(tl.reshape(q_PRK * x_PRK, [C, BK]), k_KC, aqk_near_CC, OPERAND)
+        t_near_CC = product(tl.reshape(e_PRK * x_PRK, [C, BK]), k_KC, t_near_CC, operand)
+        aqk_near_CC = product(tl.reshape(q_PRK * x_PRK, [C, BK]), k_KC, aqk_near_CC, operand)
         x_PRK = tl.where(late_P11, to_head_PRK, to_reach_PRK) * tl.exp2(along_blocks(link_PK, middle_PP))[:, None, :]
         k_KC = tl.trans(tl.reshape(k_PRK * x_PRK, [C, BK]))
-        t_far_CC = product(tl.reshape(e_PRK * x_PRK, [C, BK]), k_KC, t_far_CC, OPERAND)
-        aqk_far_CC = product(tl.reshape(q_PRK * x_PRK, [C, BK]), k_KC, aqk_far_CC, OPERAND)
+        t_far_CC = product(tl.reshape(e_PRK * x_PRK, [C, BK]), k_KC, t_far_CC, operand)
+        aqk_far_CC = product(tl.reshape(q_PRK * x_PRK, [C, BK]), k_KC, aqk_far_CC, operand)
 
         if tl.min(head_PRK) < -SPAN:
             t, aqk = pairwise(q_PRK, e_PRK, k_ptr + at_head, g_ptr + at_head, at_PRK, live_PRK, stride)
@@ -226,14 +226,14 @@ def prepare_kernel(
     at_PRR = row_PR1 * C + (i_P[:, None] * 16 + i_R[None, :])[:, None, :]
     at_CC = i_C[:, None] * C + i_C[None, :]
     aqk_PRR = tl.where((i_R[:, None] >= i_R[None, :])[None, :, :], aqk_PRR, 0.0)
-    tl.store(aqk_ptr + at_slot * C * C + at_PRR, aqk_PRR.to(OPERAND))
+    tl.store(aqk_ptr + at_slot * C * C + at_PRR, aqk_PRR.to(operand))
     aqk_CC = tl.where(block_C1 > block_1C, tl.where(near_CC, aqk_near_CC, aqk_far_CC), 0.0)
-    tl.store(aqk_ptr + at_slot * C * C + at_CC, aqk_CC.to(OPERAND), mask=block_C1 != block_1C)
-    a_CC = invert(t_PRR, tl.where(near_CC, t_near_CC, t_far_CC), OPERAND)
+    tl.store(aqk_ptr + at_slot * C * C + at_CC, aqk_CC.to(operand), mask=block_C1 != block_1C)
+    a_CC = invert(t_PRR, tl.where(near_CC, t_near_CC, t_far_CC), operand)
     tl.store(a_ptr + at_slot * C * C + at_CC, a_CC)
     e_CK = tl.reshape(e_PRSK, [C, K]).to(tl.float32)
-    y_CK = product(a_CC, e_CK, tl.zeros([C, K], tl.float32), OPERAND)
-    tl.store(y_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], y_CK.to(OPERAND))
+    y_CK = product(a_CC, e_CK, tl.zeros([C, K], tl.float32), operand)
+    tl.store(y_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], y_CK.to(operand))
 
 
 class Workspace(NamedTuple):
