@@ -2,7 +2,7 @@
 
 A mixer is called on whole sequences, `y, state = mixer(x, state)`, or on one token, `y, state = mixer.step(x, state)`;
 a state of None is the beginning of a sequence. Nothing is mutated, so both trace into one graph without copies of
-Python objects.
+Python objects. `y = mixer.step_inplace(x, state)` overwrites the state instead.
 """
 
 from __future__ import annotations
@@ -157,11 +157,15 @@ class GatedDeltaNet2(nn.Module):
 
     def step(self, x: Tensor, state: GDN2State) -> tuple[Tensor, GDN2State]:
         """x [B, hidden_size], one token -> y [B, hidden_size] and the state after it."""
-        x_B1D = x.unsqueeze(1)
-        inputs, conv = self._inputs(x_B1D, state.conv)
-        token = _Inputs(*(x.squeeze(1) for x in inputs))
+        token, conv = self._inputs(x, state.conv)
         o, recurrent = functional.step(*token, state.recurrent)
-        return self._output(o.unsqueeze(1), x_B1D).squeeze(1), GDN2State(conv, recurrent)
+        return self._output(o, x), GDN2State(conv, recurrent)
+
+    def step_inplace(self, x: Tensor, state: GDN2State) -> Tensor:
+        """As `step`, the state overwritten: x [B, hidden_size] -> y [B, hidden_size]. Without gradients."""
+        token, conv = self._inputs(x, state.conv)
+        _overwrite(state.conv, conv)
+        return self._output(functional.step_inplace(*token, state.recurrent), x)
 
     def initial_state(self, batch: int) -> GDN2State:
         """The state before the first token: zeros, on the device of the weights."""
@@ -171,12 +175,16 @@ class GatedDeltaNet2(nn.Module):
         return GDN2State(conv, like.new_zeros(shape, dtype=torch.float32))
 
     def _inputs(self, x: Tensor, conv: Tensor | None) -> tuple[_Inputs, Tensor | None]:
-        """The inputs of the operator and the new state of the convolution."""
+        """The inputs of the operator and the new state of the convolution: x [B, T, D] or, of one token, [B, D]."""
         keys, values = (self.num_heads, self.head_dim), (self.num_v_heads, self.head_v_dim)
-        qkv_BTC = self._qkv(x)
+        qkv = self._qkv(x)
         if self.use_short_conv:
-            qkv_BTC, conv = self._convolve(qkv_BTC, conv)
-        q, k, v = F.silu(qkv_BTC).split(self.channels, -1)
+            weight_CW = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight)).squeeze(1)
+            if conv is None or x.dim() == 3:
+                qkv, conv = self._convolve(qkv, conv, weight_CW)
+            else:
+                qkv, conv = self._convolve_token(qkv, conv, weight_CW)
+        q, k, v = F.silu(qkv).split(self.channels, -1)
         q, k = (_l2_norm(y.unflatten(-1, keys)) for y in (q, k))
         rate_H1 = -self.A_log.float().exp()[:, None]
         g = rate_H1 * F.softplus(self.f_proj(x).float() + self.dt_bias.float()).unflatten(-1, keys)
@@ -189,17 +197,21 @@ class GatedDeltaNet2(nn.Module):
         """What the convolution sees of x."""
         return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
 
-    def _convolve(self, x_BTC: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _convolve(self, x_BTC: Tensor, conv: Tensor | None, weight_CW: Tensor) -> tuple[Tensor, Tensor]:
         """Causal depthwise convolution as a sum of shifted inputs, which compilers fuse with what stands around it."""
         T, past = x_BTC.shape[1], self.conv_size - 1
         if conv is None:
             conv = x_BTC.new_zeros(x_BTC.shape[0], x_BTC.shape[2], past)
         seen_BTC = torch.cat((conv.mT, x_BTC), 1)
-        weight_CW = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight)).squeeze(1)
         y_BTC = seen_BTC[:, :T] * weight_CW[:, 0]
         for j in range(1, self.conv_size):
             y_BTC = y_BTC + seen_BTC[:, j : j + T] * weight_CW[:, j]
         return y_BTC, seen_BTC[:, T:].mT.contiguous()
+
+    def _convolve_token(self, x_BC: Tensor, conv: Tensor, weight_CW: Tensor) -> tuple[Tensor, Tensor]:
+        """`_convolve` of one token."""
+        y_BC = (conv * weight_CW[:, :-1]).sum(-1) + x_BC * weight_CW[:, -1]
+        return y_BC, torch.cat((conv[..., 1:], x_BC.unsqueeze(-1)), -1)
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         gate = OUTPUT_GATES[self.output_gate](self.g_proj(x)).unflatten(-1, o.shape[-2:])
@@ -256,6 +268,13 @@ class SlidingWindowAttention(nn.Module):
         y_B1D, state = self(x.unsqueeze(1), state)
         return y_B1D.squeeze(1), state
 
+    def step_inplace(self, x: Tensor, state: WindowState) -> Tensor:
+        """As `step`, the state overwritten: x [B, hidden_size] -> y [B, hidden_size]. The window moves by one place."""
+        y, after = self.step(x, state)
+        for old, new in zip(state, after):
+            _overwrite(old, new)
+        return y
+
     def initial_state(self, batch: int) -> WindowState:
         """The state before the first token: no keys yet."""
         like = self.q_proj.weight
@@ -272,6 +291,11 @@ class SlidingWindowAttention(nn.Module):
         sin, cos = angle_TD.sin().to(x_BHTD.dtype), angle_TD.cos().to(x_BHTD.dtype)
         x, y = x_BHTD.chunk(2, -1)
         return torch.cat((x * cos - y * sin, y * cos + x * sin), -1)
+
+
+def _overwrite(old: Tensor | None, new: Tensor | None) -> None:
+    if old is not None and new is not None:
+        old.copy_(new)
 
 
 def _l2_norm(x: Tensor) -> Tensor:

@@ -127,6 +127,9 @@ class Block(nn.Module):
         mixed, state = self.mixer.step(self.mixer_norm(x), state)
         return self._residual(x, mixed), state
 
+    def step_inplace(self, x: Tensor, state: Any) -> Tensor:
+        return self._residual(x, self.mixer.step_inplace(self.mixer_norm(x), state))
+
     def _residual(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x))
@@ -172,6 +175,14 @@ class GDN2LM(nn.Module):
             x, layer_state = layer.step(x, layer_state)
             states.append(layer_state)
         return LMOutput(self._logits(x), tuple(states))
+
+    @torch.no_grad()
+    def decode_inplace(self, token: Tensor, state: tuple[LayerState, ...]) -> Tensor:
+        """As `decode`, the state overwritten: token [B] int64 -> logits [B, vocab_size]."""
+        x = self.embed(token)
+        for layer, layer_state in zip(self._blocks(), state, strict=True):
+            x = layer.step_inplace(x, layer_state)
+        return self._logits(x)
 
     def initial_state(self, batch: int) -> tuple[LayerState, ...]:
         """The state before the first token, for callers that need tensors where None will not do."""

@@ -1,9 +1,7 @@
-"""torch.compile and torch.export see one graph for every length, and give the eager numbers.
+"""torch.compile of the operators: one graph for every length, forward and backward, and the eager numbers.
 
 The sizes of a first call that vary later differ from all others there: the compiler takes equal sizes for one.
 """
-
-import io
 
 import pytest
 import torch
@@ -22,6 +20,11 @@ def arguments(T: int, B: int = 3, dtype: torch.dtype = torch.float32, **kind) ->
 def tokens(B: int) -> list[torch.Tensor]:
     *rows, state = arguments(1, B)
     return [*(x[:, 0] for x in rows), state]
+
+
+def packed(cu_seqlens: tuple[int, ...]) -> list[torch.Tensor]:
+    case = Case("packed", cu_seqlens[-1], H=1, HV=2, K=4, V=4, cu_seqlens=cu_seqlens)
+    return [*inputs(case, torch.float32), bounds(case)]
 
 
 def layer(q, k, v, g, b, w, state, cu_seqlens=None):
@@ -85,9 +88,8 @@ def test_packed_sequences_are_one_graph():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
     for cu_seqlens in ((0, 0, 20, 20, 31, 31), (0, 3, 8), (0, 5, 5, 9, 64)):
-        case = Case("packed", cu_seqlens[-1], H=1, HV=2, K=4, V=4, cu_seqlens=cu_seqlens)
-        x, cu = inputs(case, torch.float32), bounds(case)
-        assert_same(compiled(*x, cu), layer(*x, cu))
+        x = packed(cu_seqlens)
+        assert_same(compiled(*x), layer(*x))
     assert counter.frame_count == 1
 
 
@@ -125,71 +127,3 @@ def test_low_precision_compiles(dtype):
     for y, z in zip(with_gradients(compiled, x), with_gradients(layer, x)):
         assert y.dtype == z.dtype
         torch.testing.assert_close(y, z)
-
-
-class Prefill(torch.nn.Module):
-    def forward(self, q, k, v, g, b, w, state):
-        return tuple(gdn2_ops.chunk(q, k, v, g, b, w, state))
-
-
-class Decode(torch.nn.Module):
-    def forward(self, q, k, v, g, b, w, state):
-        return tuple(gdn2_ops.step(q, k, v, g, b, w, state))
-
-
-class DecodeInPlace(torch.nn.Module):
-    def forward(self, q, k, v, g, b, w, state):
-        return gdn2_ops.step_inplace(q, k, v, g, b, w, state)
-
-
-def exported(module: torch.nn.Module, example: list[torch.Tensor], *axes: str) -> torch.export.ExportedProgram:
-    """The program with a dynamic dimension for every name in axes, the leading axes of all inputs; saved and loaded."""
-    dims = [torch.export.Dim(axis, min=1) for axis in axes]
-    rows, state = dict(enumerate(dims)), {0: dims[0]}
-    program = torch.export.export(module, tuple(example), dynamic_shapes=((rows,) * 6 + (state,)))
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    return torch.export.load(file)
-
-
-def calls(program: torch.export.ExportedProgram) -> list:
-    return [node.target for node in program.graph.nodes if node.op == "call_function" and "gdn2" in str(node.target)]
-
-
-def test_export_of_chunk():
-    program = exported(Prefill(), arguments(5), "batch", "tokens")
-    assert calls(program) == [torch.ops.gdn2.chunk.default]
-    for B, T in ((2, 5), (1, 1), (3, 1), (1, 64), (2, 130)):
-        for y, z in zip(program.module()(*arguments(T, B)), Prefill()(*arguments(T, B))):
-            assert torch.equal(y, z)
-
-
-def test_export_without_a_state():
-    class Score(torch.nn.Module):
-        def forward(self, q, k, v, g, b, w):
-            return gdn2_ops.chunk(q, k, v, g, b, w).o
-
-    B, T = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=1)
-    program = torch.export.export(Score(), tuple(arguments(5)[:6]), dynamic_shapes=({0: B, 1: T},) * 6)
-    assert calls(program) == [torch.ops.gdn2.chunk.default]
-    for T in (1, 17, 65):
-        x = arguments(T, 3)[:6]
-        assert torch.equal(program.module()(*x), Score()(*x))
-
-
-def test_export_of_step():
-    program = exported(Decode(), tokens(2), "batch")
-    assert calls(program) == [torch.ops.gdn2.step.default]
-    for B in (1, 2, 5):
-        for y, z in zip(program.module()(*tokens(B)), Decode()(*tokens(B))):
-            assert torch.equal(y, z)
-
-
-def test_export_of_step_inplace():
-    program = exported(DecodeInPlace(), tokens(2), "batch")
-    assert calls(program) == [torch.ops.gdn2.step_inplace.default]
-    for B in (1, 2, 5):
-        x, y = tokens(B), tokens(B)
-        assert torch.equal(program.module()(*x), DecodeInPlace()(*y))
-        assert torch.equal(x[6], y[6]) and not torch.equal(x[6], tokens(B)[6])

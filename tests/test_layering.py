@@ -17,6 +17,7 @@ ABOVE = (
     "gates",
     "layers",
     "model",
+    "decoder",
     "corpus",
     "backends",
     "export",
@@ -45,13 +46,14 @@ ARROWS = {
     "corpus": (),
     "model": ("layers", "functional", "corpus"),
     "parallel": ("parallel", "sharding", "functional", "layers", "model"),
+    "decoder": ("model",),
     "backends": ("model",),
     "export": ("export", "custom_ops"),
     "export.kernels": ("kernels",),  # the kernels themselves are what it writes
     "runtime": ("runtime", "compiled"),
     "demo": ("corpus", "backends", "model", "export", "runtime"),
     "cli": (*ABOVE, "contract"),  # `gdn2 info` lists the schemas
-    "gdn2_ops": ("functional", "gates", "layers", "model", "reference"),
+    "gdn2_ops": ("functional", "gates", "layers", "model", "decoder", "reference"),
 }
 LIBRARIES = {  # what a layer may import besides the standard library, where that is bounded
     "contract": ("torch",),
