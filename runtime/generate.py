@@ -13,6 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gdn2_ops.runtime.scheduler import Scheduler
+from gdn2_ops.runtime.state_pool import SeparateStates
+
 
 class Backend(Protocol):
     """See the module's docstring."""
@@ -23,16 +26,18 @@ class Backend(Protocol):
 def generate(backend: Backend, prompt: bytes, count: int) -> Iterator[bytes]:
     """Yields the `count` most probable next bytes, one by one, each fed back. Deterministic.
 
-    Raises: ValueError: the prompt is empty.
+    Raises: ValueError: the prompt is empty. FloatingPointError: logits are not finite.
     """
     if not prompt:
         raise ValueError("expected a prompt of at least one byte, got none")
-    logits, state = backend(tokens_of(prompt)[None], None)
+    scheduler = Scheduler(SeparateStates(backend))
+    generation = scheduler.submit(tokens_of(prompt), count)
     for i in range(count):
-        token = int(logits[0, -1].argmax())
-        yield bytes([token])
-        if i + 1 < count:
-            logits, state = backend(np.array([[token]], np.int64), state)
+        while len(generation.written) == i and not generation.done:
+            scheduler.step()
+        if generation.error is not None:
+            raise generation.error
+        yield bytes(generation.written[i:])
 
 
 def bits_per_byte(backend: Backend, text: bytes, *, window: int = 512, batch: int = 8) -> float:
