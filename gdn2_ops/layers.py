@@ -3,6 +3,9 @@
 A mixer is called on whole sequences, `y, state = mixer(x, state)`, or on one token, `y, state = mixer.step(x, state)`;
 a state of None is the beginning of a sequence. Nothing is mutated, so both trace into one graph without copies of
 Python objects. `y = mixer.step_inplace(x, state)` overwrites the state instead.
+
+`padding` [B] int64 counts the leading tokens of each row that are none: only at the beginning of a sequence; what
+stands there changes no other token and no state.
 """
 
 from __future__ import annotations
@@ -141,16 +144,21 @@ class GatedDeltaNet2(nn.Module):
         """The paper's initial values: decays of a step between 1e-3 and 0.1 times a rate of 1 to 16 per head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, gain=2**-2.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                reset_projection(module)
+        self.reset_decays()
+
+    def reset_decays(self) -> None:
+        """The initial A_log and dt_bias."""
         with torch.no_grad():
             self.A_log.uniform_(1, 16).log_()
             step = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_()
             step += torch.log(-torch.expm1(-step))  # the inverse of softplus
 
-    def forward(self, x: Tensor, state: GDN2State | None = None) -> tuple[Tensor, GDN2State]:
+    def forward(
+        self, x: Tensor, state: GDN2State | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, GDN2State]:
         """x [B, T, hidden_size] -> y [B, T, hidden_size] and the state after the last token."""
+        x = _without(padding, x)  # zeros are convolved to zeros, and write nothing into a state of zeros
         inputs, conv = self._inputs(x, None if state is None else state.conv)
         o, recurrent = functional.chunk(*inputs, None if state is None else state.recurrent)
         return self._output(o, x), GDN2State(conv, recurrent)
@@ -241,15 +249,16 @@ class SlidingWindowAttention(nn.Module):
             nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(4)
         )
 
-    def forward(self, x: Tensor, state: WindowState | None = None) -> tuple[Tensor, WindowState]:
+    def forward(
+        self, x: Tensor, state: WindowState | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, WindowState]:
         """x [B, T, hidden_size] -> y [B, T, hidden_size] and the last window - 1 keys and values."""
-        T = x.shape[1]
+        T, x = x.shape[1], _without(padding, x)
         q, k, v = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         before = self.initial_state(x.shape[0]) if state is None else state
         seen_k, seen_v = torch.cat((before.k, k), 2), torch.cat((before.v, v), 2)
-        after = WindowState(
-            seen_k[:, :, T:].clone(), seen_v[:, :, T:].clone(), (before.length + T).clamp(max=self.window - 1)
-        )
+        length = before.length + T if padding is None else before.length + T - padding
+        after = WindowState(seen_k[:, :, T:].clone(), seen_v[:, :, T:].clone(), length.clamp(max=self.window - 1))
         if state is not None:
             k, v = seen_k, seen_v
         past = k.shape[2] - T
@@ -258,6 +267,8 @@ class SlidingWindowAttention(nn.Module):
         visible_BHTL = ((age_TL >= 0) & (age_TL < self.window))[None, None]
         if state is not None:
             visible_BHTL = visible_BHTL & (position >= past - before.length[:, None])[:, None, None]
+        if padding is not None:  # padding sees itself: nothing at all would be not a number
+            visible_BHTL = visible_BHTL & (position >= past + padding[:, None])[:, None, None] | (age_TL == 0)
         o = F.scaled_dot_product_attention(
             self._rotate(q, position[past:]), self._rotate(k, position), v, attn_mask=visible_BHTL
         )
@@ -296,6 +307,19 @@ class SlidingWindowAttention(nn.Module):
 def _overwrite(old: Tensor | None, new: Tensor | None) -> None:
     if old is not None and new is not None:
         old.copy_(new)
+
+
+def reset_projection(linear: nn.Linear) -> None:
+    """The initial values of a projection of `GatedDeltaNet2`. Source: the configurations of arXiv 2605.22791."""
+    nn.init.xavier_uniform_(linear.weight, gain=2**-2.5)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def _without(padding: Tensor | None, x_BTD: Tensor) -> Tensor:
+    if padding is None:
+        return x_BTD
+    return x_BTD.masked_fill((torch.arange(x_BTD.shape[1], device=x_BTD.device) < padding[:, None])[..., None], 0)
 
 
 def _l2_norm(x: Tensor) -> Tensor:

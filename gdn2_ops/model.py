@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gdn2_ops.layers import GatedDeltaNet2, GDN2State, RMSNorm, SlidingWindowAttention, WindowState
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_OF_TRANSFORMERS = {"architectures", "dtype", "transformers_version", "use_cache"}  # in a config.json that it wrote
 LayerState = GDN2State | WindowState
 Mixer = GatedDeltaNet2 | SlidingWindowAttention
 
@@ -48,6 +49,10 @@ class GDN2Config:
     window: int = 2048
     rope_theta: float = 1e4
 
+    def is_attention(self, layer: int) -> bool:
+        """Whether that layer is `SlidingWindowAttention`."""
+        return self.attention_every > 0 and (layer + 1) % self.attention_every == 0
+
     @classmethod
     def preset(cls, name: str) -> GDN2Config:
         """The configuration of that name in `PRESETS`. Raises: ValueError: there is none."""
@@ -64,10 +69,11 @@ class GDN2Config:
         values = json.loads(file.read_text())
         if values.pop("model_type", None) != "gdn2":
             raise ValueError(f"{file}: expected model_type 'gdn2'")
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        names = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - names - _OF_TRANSFORMERS)
         if unknown:
             raise ValueError(f"{file}: unknown options {unknown}; was it written by a newer version?")
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if name in names})
 
     def save(self, folder: str | Path) -> None:
         """Writes config.json."""
@@ -119,8 +125,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, LayerState]:
-        mixed, state = self.mixer(self.mixer_norm(x), state)
+    def forward(self, x: Tensor, state: Any = None, padding: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        mixed, state = self.mixer(self.mixer_norm(x), state, padding)
         return self._residual(x, mixed), state
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, LayerState]:
@@ -237,7 +243,7 @@ class GDN2LM(nn.Module):
 
 
 def _mixer(config: GDN2Config, i: int) -> Mixer:
-    if config.attention_every and (i + 1) % config.attention_every == 0:
+    if config.is_attention(i):
         return SlidingWindowAttention(
             config.hidden_size,
             num_heads=config.num_attention_heads,

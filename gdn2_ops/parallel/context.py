@@ -91,8 +91,9 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def _forward(
-    layer: GatedDeltaNet2, mesh: DeviceMesh, x: Tensor, state: GDN2State | None = None
+    layer: GatedDeltaNet2, mesh: DeviceMesh, x: Tensor, state: GDN2State | None = None, padding: Tensor | None = None
 ) -> tuple[Tensor, GDN2State]:
+    _refuse(padding)
     conv = None if state is None else state.conv
     if layer.use_short_conv:
         x, before = _with_tokens_before(x, layer.conv_size - 1, mesh)
@@ -103,14 +104,24 @@ def _forward(
 
 
 def _window_forward(
-    layer: SlidingWindowAttention, mesh: DeviceMesh, x: Tensor, state: WindowState | None = None
+    layer: SlidingWindowAttention,
+    mesh: DeviceMesh,
+    x: Tensor,
+    state: WindowState | None = None,
+    padding: Tensor | None = None,
 ) -> tuple[Tensor, WindowState]:
+    _refuse(padding)
     past = layer.window - 1
     x, before = _with_tokens_before(x, past, mesh)
     if before is not None:
         k, v = (layer._heads(p(before)) for p in (layer.k_proj, layer.v_proj))
         state = WindowState(k, v, torch.full((x.shape[0],), past, device=x.device))
     return type(layer).forward(layer, x, state)
+
+
+def _refuse(padding: Tensor | None) -> None:
+    if padding is not None:
+        raise ValueError("expected rows without padding in a sequence that is split over ranks; pad on the right")
 
 
 def _with_tokens_before(x: Tensor, count: int, mesh: DeviceMesh) -> tuple[Tensor, Tensor | None]:
