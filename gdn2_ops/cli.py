@@ -11,7 +11,11 @@ import tempfile
 from pathlib import Path
 
 DEFAULT_MODEL = Path("examples/models/tiny")
-PARTS = {"onnx": ("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "triton": ("triton",)}
+PARTS = {
+    "onnx": ("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
+    "triton": ("triton",),
+    "transformers": ("transformers",),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

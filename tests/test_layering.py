@@ -47,6 +47,8 @@ ARROWS = {
     "model": ("layers", "functional", "corpus"),
     "parallel": ("parallel", "sharding", "functional", "layers", "model"),
     "decoder": ("model",),
+    "checkpoints": ("model",),
+    "huggingface": ("layers", "model"),
     "backends": ("model",),
     "export": ("export", "custom_ops"),
     "export.kernels": ("kernels",),  # the kernels themselves are what it writes
