@@ -227,4 +227,4 @@ def test_a_missing_transformers_is_named_with_its_cure():
     code = "import sys; sys.modules['transformers'] = None; import gdn2_ops.huggingface"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode != 0
-    assert "gdn2_ops.huggingface needs transformers >= 5: pip install 'gdn2-ops[transformers]'" in found.stderr
+    assert "gdn2_ops.huggingface needs transformers >= 5.23: pip install 'gdn2-ops[transformers]'" in found.stderr
