@@ -22,7 +22,9 @@ try:
     from transformers.cache_utils import Cache
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
-    raise ImportError("gdn2_ops.huggingface needs transformers >= 5.23: pip install 'gdn2-ops[transformers]'") from error
+    raise ImportError(
+        "gdn2_ops.huggingface needs transformers >= 5.23: pip install 'gdn2-ops[transformers]'"
+    ) from error
 
 from gdn2_ops.layers import GatedDeltaNet2, RMSNorm, reset_projection
 from gdn2_ops.model import GDN2LM, GDN2Config, LayerState

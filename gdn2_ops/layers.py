@@ -276,7 +276,8 @@ class SlidingWindowAttention(nn.Module):
 
     def step(self, x: Tensor, state: WindowState) -> tuple[Tensor, WindowState]:
         """x [B, hidden_size], one token -> y [B, hidden_size] and the state after it."""
-        y_B1D, state = self(x.unsqueeze(1), state)
+        # The class's forward: an instance's may be that of a sequence split over ranks, and a step is local.
+        y_B1D, state = SlidingWindowAttention.forward(self, x.unsqueeze(1), state)
         return y_B1D.squeeze(1), state
 
     def step_inplace(self, x: Tensor, state: WindowState) -> Tensor:

@@ -64,9 +64,10 @@ def tensor_parallel_model_is_the_model(group):
         assert mixer.q_proj.weight.to_local().shape[0] == 32 // group.size
         assert mixer.initial_state(1).recurrent.shape[1] == 8 // group.size
         last, state = split.prefill(rows[:, :7], split.initial_state(2))
-        for t in range(7, 11):
+        for t in range(7, 10):
             last, state = split.decode(rows[:, t], state)
             close(last, logits[:, t], f"{name}: decode {t}")
+        close(split.decode_inplace(rows[:, 10], state), logits[:, 10], f"{name}: decode in place")
 
 
 @check(2)
@@ -110,9 +111,10 @@ def fsdp_model_is_the_model(group):
         got_logits, got_grads = run(split, rows[mine])
         close(got_logits, logits[mine], f"{name}: logits")
         assert_gradients(got_grads, grads, group.size)  # it averages
-        _, state = split.prefill(rows[:, :10])
-        last, _ = split.decode(rows[:, 10], state)
-        close(last, logits[:, 10], f"{name}: decode")
+        _, state = split.prefill(rows[:, :9])
+        last, state = split.decode(rows[:, 9], state)
+        close(last, logits[:, 9], f"{name}: decode")
+        close(split.decode_inplace(rows[:, 10], state), logits[:, 10], f"{name}: decode in place")
     raises(ValueError, "not sharded yet", lambda: parallel.apply_fsdp(split, group.mesh))
 
 
@@ -198,7 +200,9 @@ def context_parallel_model_is_the_model(group):
             _, state = split(rows[:, mine])
         if group.rank == group.size - 1:  # decoding goes on where the last rank ends
             token = torch.tensor([3, 4])
-            close(one.decode(token, state).logits, one.decode(token, one.prefill(rows).state).logits, f"{name}: decode")
+            want = one.decode(token, one.prefill(rows).state).logits
+            close(split.decode(token, state).logits, want, f"{name}: decode")
+            close(split.decode_inplace(token, state), want, f"{name}: decode in place")
 
 
 @check(2)

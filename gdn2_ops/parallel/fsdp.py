@@ -19,8 +19,8 @@ def apply_fsdp(
 ) -> GDN2LM:
     """Shards a `GDN2LM` by `torch.distributed.fsdp.fully_shard`, one group per block and one for the rest.
 
-    After `apply_tensor_parallel`, if both are wanted. Gradients are averaged over the mesh. `prefill` and `decode` work
-    too; every rank calls them the same number of times.
+    After `apply_tensor_parallel`, if both are wanted. Gradients are averaged over the mesh. `prefill` and the decode
+    methods work too; every rank calls them the same number of times.
 
     Args:
         model: on the device of the mesh; changed in place.
@@ -39,8 +39,9 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        register_fsdp_forward_method(block, "step")
+        for method in ("step", "step_inplace"):
+            register_fsdp_forward_method(block, method)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    for method in ("prefill", "decode"):
+    for method in ("prefill", "decode", "decode_inplace"):
         register_fsdp_forward_method(model, method)
     return model

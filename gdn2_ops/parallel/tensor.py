@@ -77,7 +77,7 @@ class _Split(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         worker = _Worker(module, _local_sizes(module, device_mesh.size()))
         _distribute(module, device_mesh, {name: _placement(name) for name, _ in module.named_parameters()})
-        for method in ("forward", "step"):
+        for method in ("forward", "step", "step_inplace"):
             if hasattr(module, method):
                 vars(module)[method] = partial(_summed, module, worker, method, device_mesh)
         if hasattr(module, "initial_state"):
