@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--kernel", action="append", help="a name of the table; again for more (default: all)")
     kernels.add_argument("--jobs", type=int, help="processes (default: one for each core)")
 
+    check = command("check", _check, "run an ONNX file in every backend found here: do they agree, how fast are they")
+    check.add_argument("file", type=Path, help=".onnx file with gdn2::GatedDeltaNet2 nodes")
+    check.add_argument("--model", type=Path, help="model folder it was exported from: PyTorch is compared too")
+    check.add_argument("--body", action="append", default=[], help="compare this body too; may be given again")
+
     generate = command("generate", _generate, "continue a prompt with the most probable bytes")
     generate.add_argument("model", type=Path, help="model folder or .onnx file")
     generate.add_argument("--prompt", help="text to continue; without it, standard input")
@@ -124,6 +129,13 @@ def _head_size(text: str) -> tuple[int, int]:
     if not K.isdecimal() or not (V or K).isdecimal():
         raise ValueError(f"expected --head-size like 128 or 128x256, got {text!r}")
     return int(K), int(V or K)
+
+
+def _check(options: argparse.Namespace) -> int:
+    import gdn2_ops.export.onnx  # noqa: F401  its error names the pip command
+    from gdn2_ops import check
+
+    return check.run(options.file, model_folder=options.model, bodies=options.body)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""An exported language model in ONNX Runtime, as a backend of `gdn2_ops.runtime.generate`."""
+"""ONNX files in ONNX Runtime: any file, and a language model as a backend of `gdn2_ops.runtime.generate`."""
 
 from __future__ import annotations
 
@@ -9,52 +9,78 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdn2_ops.runtime import onnxruntime_library
+from gdn2_ops.runtime.runner import LanguageModel, Port, check_language_model
 
 if TYPE_CHECKING:
     import onnxruntime
 
-TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
 
 
-class OnnxRuntimeBackend:
-    """tokens [B, T] and a state to logits [B, T, vocab] and a state, one ONNX graph for both prefill and decoding.
+class OnnxRuntime:
+    """A `runtime.runner.Runner` in ONNX Runtime. Args: those of `open_session`, and what it raises."""
+
+    def __init__(
+        self, model: str | Path | bytes, *, threads: int = 0, library: bool = False, weights_folder: Path | None = None
+    ) -> None:
+        self._session = open_session(model, threads=threads, library=library, weights_folder=weights_folder)
+        self.inputs = [self._port(x) for x in self._session.get_inputs()]
+        self.outputs = [self._port(x) for x in self._session.get_outputs()]
+
+    def run(self, feed: dict[str, NDArray]) -> list[NDArray]:
+        return self._session.run(None, feed)
+
+    @staticmethod
+    def _port(x: Any) -> Port:
+        return Port(x.name, np.dtype(TYPES[x.type]).name if x.type in TYPES else x.type, tuple(x.shape))
+
+
+class OnnxRuntimeBackend(LanguageModel):
+    """A `runtime.runner.LanguageModel` of a file in ONNX Runtime.
 
     Args: those of `open_language_model`, and what it raises.
     """
 
     def __init__(self, file: str | Path, *, threads: int = 0, library: bool = False) -> None:
-        self._session = open_language_model(file, threads=threads, library=library)
-        self._past = self._session.get_inputs()[1:]
-
-    def __call__(self, tokens: NDArray[np.int64], state: Any | None) -> tuple[NDArray[np.float32], Any]:
-        if state is None:
-            state = [zeros(x, tokens.shape[0]) for x in self._past]
-        feed = {"input_ids": tokens} | {x.name: value for x, value in zip(self._past, state)}
-        logits, *state = self._session.run(None, feed)
-        return logits.astype(np.float32, copy=False), state
+        super().__init__(OnnxRuntime(file, threads=threads, library=library))
 
 
-def open_session(file: str | Path, *, threads: int = 0, library: bool = False) -> onnxruntime.InferenceSession:
+def open_session(
+    model: str | Path | bytes, *, threads: int = 0, library: bool = False, weights_folder: Path | None = None
+) -> onnxruntime.InferenceSession:
     """A session on the CPU.
 
     Args:
-        file: an ONNX file.
+        model: an ONNX file, or a serialised model.
         threads: of the session; 0 leaves it to ONNX Runtime.
         library: run `gdn2::GatedDeltaNet2` nodes with our kernels (`runtime.onnxruntime_library`), not their bodies.
+        weights_folder: where a serialised model's external data is.
 
-    Raises: FileNotFoundError: no such file. ImportError: a package or the library is not installed.
+    Raises: FileNotFoundError: no such file. ImportError: a package or the library is not installed. ONNX Runtime's own
+        errors: it cannot run the model.
     """
     try:
         import onnxruntime
     except ImportError as error:
         raise ImportError("gdn2_ops.runtime.session needs onnxruntime: pip install 'gdn2-ops[onnx]'") from error
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"expected an ONNX file, got {str(file)!r}; gdn2 export MODEL --to onnx writes one")
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise FileNotFoundError(f"expected an ONNX file, got {str(model)!r}; gdn2 export MODEL --to onnx writes one")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if weights_folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
     if library:
         onnxruntime_library.register(options)
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def open_language_model(file: str | Path, *, threads: int = 0, library: bool = False) -> onnxruntime.InferenceSession:
@@ -63,9 +89,7 @@ def open_language_model(file: str | Path, *, threads: int = 0, library: bool = F
     Raises: ValueError: the inputs and outputs of the file are others.
     """
     session = open_session(file, threads=threads, library=library)
-    names = [x.name for x in session.get_inputs()], [x.name for x in session.get_outputs()]
-    if names[0][0] != "input_ids" or names[1][0] != "logits" or len(names[0]) != len(names[1]):
-        raise ValueError(f"{file}: expected input_ids and states to logits and as many states, got {names}")
+    check_language_model([x.name for x in session.get_inputs()], [x.name for x in session.get_outputs()])
     return session
 
 

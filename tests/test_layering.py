@@ -23,6 +23,7 @@ ABOVE = (
     "export",
     "export.kernels",
     "runtime",
+    "check",
     "demo",
     "cli",
 )
@@ -53,6 +54,7 @@ ARROWS = {
     "export": ("export", "custom_ops"),
     "export.kernels": ("kernels",),  # the kernels themselves are what it writes
     "runtime": ("runtime", "compiled"),
+    "check": ("corpus", "backends", "model", "export", "runtime"),
     "demo": ("corpus", "backends", "model", "export", "runtime"),
     "cli": (*ABOVE, "contract"),  # `gdn2 info` lists the schemas
     "gdn2_ops": ("functional", "gates", "layers", "model", "decoder", "reference"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gdn2_ops.runtime.compare import Task, disagreements, measure, some_logits, table
+from gdn2_ops.runtime.compare import Task, Tolerance, disagreements, measure, some_logits, table
 from gdn2_ops.runtime.generate import bits_per_byte, generate, log_softmax, tokens_of, windows_of
 
 TASK = Task(prompt=b"abcabc", text=bytes(range(97, 123)) * 4, count=12, window=8)
@@ -62,5 +62,8 @@ def test_backends_that_agree_pass_and_every_other_is_named():
     found = "\n".join(disagreements([*rows, other, louder, broken]))
     assert "other text writes other bytes than first, from byte 0 on" in found
     assert "other logits: logits differ from first by 1.0e-02 > 1e-03" in found
+    assert "other text: bits per byte differ from first by" in found
+    rough = Tolerance(logits=1e2, bits=1e2, same_bytes=False)
+    assert [line.split(":")[0] for line in disagreements([*rows, other, broken], rough)] == ["not a number"] * 2
     assert "not a number: logits differ" in found
     assert [line.split()[0] for line in table(rows).splitlines()] == ["backend", "first", "same"]
