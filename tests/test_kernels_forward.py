@@ -34,3 +34,142 @@ def assert_as_good_as_the_specification(got, case: Case, x: Inputs, cu_seqlens=N
 def test_chunk_is_the_specification(case, dtype):
     x = inputs(case, dtype)
     assert_as_good_as_the_specification(chunk(x, bounds(case)), case, x, bounds(case))
+
+
+CUT = (Case("long", 70, H=1, HV=1), Case("steep", 40, decay="channels", H=1, HV=1, K=5, V=3, state=False))
+
+
+def tokens(x: Inputs, begin: int, end: int, state: torch.Tensor | None) -> Inputs:
+    return Inputs(*(y[:, begin:end] for y in x[:6]), state)
+
+
+@pytest.mark.parametrize("case", CUT, ids=lambda case: case.name)
+def test_cutting_anywhere_changes_nothing(case):
+    x = inputs(case, torch.float32)
+    for cut in [c for c in (0, 1, 15, 16, 33, 64) if c <= case.T]:
+        o_before, state = chunk(tokens(x, 0, cut, x.state))
+        o_after, state = chunk(tokens(x, cut, case.T, state))
+        assert_as_good_as_the_specification((torch.cat((o_before, o_after), 1), state), case, x)
+
+
+@every_dtype
+def test_a_sequence_sees_neither_its_batch_nor_its_heads(dtype):
+    case = Case("batch", 18, B=3, H=2, HV=4)
+    x = inputs(case, dtype)
+    o, state = chunk(x)
+    others = Inputs(*(y.clone() for y in x))
+    for y in others:
+        y[0], y[2] = float("nan"), 0.0
+        heads = 2 if y is others.state else 3  # the axis of T is before that of heads, but in states
+        y.narrow(heads - 1, y.shape[heads - 1] // 2, y.shape[heads - 1] // 2).fill_(float("nan"))
+    o_others, state_others = chunk(others)
+    o_alone, state_alone = chunk(Inputs(*(y[1:2] for y in x)))
+    assert torch.equal(o_others[1, :, :2], o[1, :, :2]) and torch.equal(state_others[1, :2], state[1, :2])
+    assert torch.equal(o_alone, o[1:2]) and torch.equal(state_alone, state[1:2])
+
+
+@every_dtype
+def test_the_past_does_not_see_the_future(dtype):
+    """Bit for bit, also where the future decays so much that its block takes the pairwise form."""
+    case = Case("causal", 70, H=1, HV=1)
+    x = inputs(case, dtype)
+    o, _ = chunk(x)
+    future = inputs(Case("another", 70, "channels", "two", H=1, HV=1), dtype)
+    for t in (0, 1, 16, 19, 33, 48, 64):
+        changed = Inputs(*(torch.cat((y[:, :t], z[:, t:]), 1) for y, z in zip(x[:6], future)), x.state)
+        o_changed, _ = chunk(changed)
+        assert torch.equal(o_changed[:, :t], o[:, :t]), f"o before token {t} changed"
+        assert not torch.equal(o_changed[:, t], o[:, t])
+
+
+@every_dtype
+def test_packed_sequences_are_separate_ones(dtype):
+    case = Case("packed", 90, cu_seqlens=(0, 0, 65, 80, 80, 90, 90), H=1, HV=1)
+    x = inputs(case, dtype)
+    o, state = chunk(x, bounds(case, torch.int32))
+    for n, (begin, end) in enumerate(zip(case.cu_seqlens, case.cu_seqlens[1:])):
+        o_alone, state_alone = chunk(tokens(x, begin, end, x.state[n : n + 1]))
+        assert torch.equal(o_alone, o[:, begin:end]) and torch.equal(state_alone, state[n : n + 1])
+
+
+@every_dtype
+def test_a_group_of_value_heads_is_its_key_head_repeated(dtype):
+    x = inputs(Case("group", 18, H=2, HV=6, K=33, V=40), dtype)
+    q, k, v, g, b, w, state = x
+    q, k, g, b = (y.repeat_interleave(3, 2) for y in (q, k, g, b))
+    for got, want in zip(chunk(x), chunk(Inputs(q, k, v, g, b, w, state))):
+        assert torch.equal(got, want)
+
+
+@every_dtype
+def test_padding_is_inert(dtype):
+    case = Case("padded", 70, H=1, HV=1)
+    x = inputs(case, dtype)
+    for y in (x.g, x.b, x.w):
+        y[:, 17:] = 0.0
+    o, state = chunk(x)
+    o_short, state_short = chunk(tokens(x, 0, 17, x.state))
+    assert torch.equal(o[:, :17], o_short)
+    short = Case("short", 17, H=1, HV=1)
+    assert_as_good_as_the_specification((o[:, :17], state), short, tokens(x, 0, 17, x.state))
+
+
+@pytest.mark.parametrize("K, V", [(1, 1), (31, 33), (64, 32), (100, 130), (256, 256)])
+def test_every_head_size(K, V):
+    case = Case("head sizes", 20, H=1, HV=1, K=K, V=V)
+    x = inputs(case, torch.float32)
+    assert_as_good_as_the_specification(chunk(x), case, x)
+
+
+def test_any_strides():
+    x = inputs(Case("strides", 18, B=2), torch.float32)
+    other = Inputs(*(y.transpose(1, 2).contiguous().transpose(1, 2) for y in x[:6]), x.state.mT.contiguous().mT)
+    assert not other.q.is_contiguous() and not other.state.is_contiguous()
+    packed = torch.cat((x.q, x.k), -1)
+    other = other._replace(q=packed[..., :8], k=packed[..., 8:])
+    for got, want in zip(chunk(other), chunk(x)):
+        assert torch.equal(got, want)
+
+
+@pytest.fixture
+def poisoned_empty():
+    """Everything torch.empty gives out is NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@every_dtype
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 5, 70, 70, 90)])
+def test_nothing_is_left_uninitialised(cu_seqlens, dtype, poisoned_empty):
+    case = Case("poisoned", 90, cu_seqlens=cu_seqlens, HV=4, K=5, V=3)
+    x = inputs(case, dtype)
+    assert torch.empty(3).isnan().all() and x.q.new_empty(3).isnan().all()
+    for y in chunk(x, bounds(case)):
+        assert y.isfinite().all()
+
+
+@every_dtype
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 5, 70, 70, 90)])
+def test_what_the_backward_pass_is_given(cu_seqlens, dtype):
+    """States before each chunk, and R: each chunk's own tokens from its state give both again."""
+    case = Case("recomputed", 90, cu_seqlens=cu_seqlens, H=1, HV=2)
+    x, cu = inputs(case, dtype), bounds(case)
+    prepared = chunk_forward.prepare(x.q, x.k, x.g, x.b, cu, 1.0)
+    states, r = chunk_forward.recur_for_backward(prepared, x.v, x.w, x.state, cu, case.K)
+    assert states.dtype == r.dtype == dtype and r.shape == x.v.shape
+    for n, (begin, end) in enumerate(zip(cu_seqlens or (0,), (cu_seqlens or (0, case.T))[1:])):
+        first_slot = begin // chunk_forward.C + n
+        for c, at in enumerate(range(begin, end, chunk_forward.C)):
+            before = exact(tokens(x, begin, at, x.state[n : n + 1]))[1]
+            assert_as_good_as([before.to(dtype)], states[None, first_slot + c], before, dtype, "states")
+            want, S = [], before[0]
+            for t in range(at, min(at + chunk_forward.C, end)):
+                _, k, v, g, b, w, _ = (None if y is None else y.double()[0, t] for y in x.double()[:6] + (None,))
+                D = g.exp()[0, :, None] * S
+                want.append(w * v - ((b * k)[0, :, None] * D).sum(1))
+                S = D + k[0, :, None] * want[-1][:, None]
+            want_CHV = torch.stack(want)
+            got = r[0, at : min(at + chunk_forward.C, end)]
+            assert_as_good_as([want_CHV.to(dtype)], got, want_CHV, dtype, "r")

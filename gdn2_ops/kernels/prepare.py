@@ -3,8 +3,9 @@
 Decays. Every sum of g runs over the tokens it decays and nothing is subtracted, so that a reset (g = -30) costs no
 digits, and every factor is at most 1: block p's rows are anchored on the first row of the later block of the pair,
 `head` from there to the row, `reach` from the row to the first row of the next block. Inside a block both factors
-stand on its first row and one of them is 1 / gamma: right while the block's decay spans less than SPAN octaves. A slice
-with more takes the pairwise form, sixteen diagonals at a time. The branch is one for the whole program.
+stand on its first row and one of them is 1 / gamma: right in rows that decayed by less than SPAN octaves since. Where a
+slice of keys has rows with more, the pairwise form makes them, sixteen diagonals at a time; the branch is one for the
+program, the choice is of the row, so that no token knows what comes after it.
 """
 
 from __future__ import annotations
@@ -26,15 +27,28 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def product(a, b, acc, dtype: tl.constexpr):
     """acc + a b of float32 tiles that T and A are made of or act by: a rounding there grows with every later token.
 
-    To 8 times the digits of q's dtype or more: bfloat16 in tf32, float16 in two halves of each number.
+    To 8 times the digits of q's dtype or more: bfloat16 in tf32, float16 in two halves of each number. b may have
+    q's dtype.
     """
     if dtype == tl.float16:
-        a_high, b_high = a.to(tl.float16), b.to(tl.float16)
-        acc = tl.dot((a - a_high.to(tl.float32)).to(tl.float16), b_high, acc)
-        acc = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.float16), acc)
+        a_high, b_high = a.to(dtype), b.to(dtype)
+        if b.dtype == tl.float32:
+            acc = tl.dot(a_high, (b - b_high.to(tl.float32)).to(dtype), acc)
+        acc = tl.dot((a - a_high.to(tl.float32)).to(dtype), b_high, acc)
         return tl.dot(a_high, b_high, acc)
     else:
-        return tl.dot(a, b, acc, input_precision="tf32" if dtype == tl.bfloat16 else "ieee")
+        return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32" if dtype == tl.bfloat16 else "ieee")
+
+
+@triton.jit
+def scores(e_CK, q_CK, k_CK, t_CC, aqk_CC, dtype: tl.constexpr):
+    """T and Aqk of one slice more; Aqk will be rounded to q's dtype."""
+    k_KC = tl.trans(k_CK)
+    t_CC = product(e_CK, k_KC, t_CC, dtype)
+    if dtype == tl.float16:
+        return t_CC, tl.dot(q_CK.to(dtype), k_KC.to(dtype), aqk_CC)
+    else:
+        return t_CC, product(q_CK, k_KC, aqk_CC, dtype)
 
 
 @triton.jit
@@ -96,14 +110,13 @@ def invert(t_PRR, t_CC, dtype: tl.constexpr):
     none forms a power of T.
     """
     P: tl.constexpr = t_PRR.shape[0]
-    INSIDE: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32x3"
     i_R = tl.arange(0, 16)
     one_RR = tl.where(i_R[:, None] == i_R[None, :], 1.0, 0.0)
     x_PRR = one_RR[None, :, :] - tl.where(neighbours(i_R, 1)[None, :, :], t_PRR, 0.0)
     for log_half in tl.static_range(1, 4):
         link_PRR = tl.where(neighbours(i_R, 1 << log_half)[None, :, :], t_PRR, 0.0)
-        step_PRR = tl.dot(x_PRR, link_PRR, input_precision=INSIDE)
-        x_PRR -= tl.dot(step_PRR, x_PRR, input_precision=INSIDE)
+        step_PRR = product(x_PRR, link_PRR, tl.zeros_like(x_PRR), dtype)
+        x_PRR = product(-step_PRR, x_PRR, x_PRR, dtype)
 
     i_P = tl.arange(0, P)
     same_PRPR = (i_P[:, None] == i_P[None, :])[:, None, :, None]
@@ -147,7 +160,8 @@ def prepare_kernel(
 ):
     operand: tl.constexpr = y_ptr.dtype.element_ty
     EXACT: tl.constexpr = operand == tl.float32
-    INSIDE: tl.constexpr = "ieee" if EXACT else ("tf32" if operand == tl.bfloat16 else "tf32x3")
+    ROUGH: tl.constexpr = "ieee" if EXACT else "tf32"
+    FINE: tl.constexpr = "tf32x3" if operand == tl.float16 else ROUGH  # 1 / gamma passes float16's range
     SPAN: tl.constexpr = 4.0 if EXACT else 100.0  # octaves; float32: more would cost digits
     P: tl.constexpr = C // 16
     SLICES: tl.constexpr = K // BK
@@ -196,6 +210,17 @@ def prepare_kernel(
         to_head_PRK = tl.exp2(head_PRK)
         to_reach_PRK = tl.exp2(reach_PRK)
 
+        k_PKR = tl.permute(k_PRK * tl.exp2(tl.minimum(-head_PRK, SPAN)), (0, 2, 1))
+        t_slice_PRR = tl.dot(e_PRK * to_head_PRK, k_PKR, input_precision=FINE)
+        aqk_slice_PRR = tl.dot(q_PRK * to_head_PRK, k_PKR, input_precision=ROUGH)
+        if tl.min(head_PRK) < -SPAN:
+            t, aqk = pairwise(q_PRK, e_PRK, k_ptr + at_head, g_ptr + at_head, at_PRK, live_PRK, stride)
+            steep_PR1 = tl.min(head_PRK, 2)[:, :, None] < -SPAN
+            t_slice_PRR = tl.where(steep_PR1, t, t_slice_PRR)
+            aqk_slice_PRR = tl.where(steep_PR1, aqk, aqk_slice_PRR)
+        t_PRR += t_slice_PRR
+        aqk_PRR += aqk_slice_PRR
+
         gamma_PRK = to_head_PRK * tl.exp2(along_blocks(link_PK, before_PP) + g_first_K[None, :])[:, None, :]
         tail_PRK = to_reach_PRK * tl.exp2(along_blocks(link_PK, after_PP))[:, None, :]
         tl.store(qd_ptr + at_slot * C * K + at_work_PRK, (q_PRK * gamma_PRK).to(operand))
@@ -206,22 +231,13 @@ def prepare_kernel(
 
         # pairs of blocks, then of halves: rows of the later one, columns of the earlier one, both from its first row
         x_PRK = tl.where(odd_P11, to_head_PRK, to_reach_PRK)
-        k_KC = tl.trans(tl.reshape(k_PRK * x_PRK, [C, BK]))
-        t_near_CC = product(tl.reshape(e_PRK * x_PRK, [C, BK]), k_KC, t_near_CC, operand)
-        aqk_near_CC = product(tl.reshape(q_PRK * x_PRK, [C, BK]), k_KC, aqk_near_CC, operand)
+        e_CK, q_CK = tl.reshape(e_PRK * x_PRK, [C, BK]), tl.reshape(q_PRK * x_PRK, [C, BK])
+        k_CK = tl.reshape(k_PRK * x_PRK, [C, BK])
+        t_near_CC, aqk_near_CC = scores(e_CK, q_CK, k_CK, t_near_CC, aqk_near_CC, operand)
         x_PRK = tl.where(late_P11, to_head_PRK, to_reach_PRK) * tl.exp2(along_blocks(link_PK, middle_PP))[:, None, :]
-        k_KC = tl.trans(tl.reshape(k_PRK * x_PRK, [C, BK]))
-        t_far_CC = product(tl.reshape(e_PRK * x_PRK, [C, BK]), k_KC, t_far_CC, operand)
-        aqk_far_CC = product(tl.reshape(q_PRK * x_PRK, [C, BK]), k_KC, aqk_far_CC, operand)
-
-        if tl.min(head_PRK) < -SPAN:
-            t, aqk = pairwise(q_PRK, e_PRK, k_ptr + at_head, g_ptr + at_head, at_PRK, live_PRK, stride)
-            t_PRR += t
-            aqk_PRR += aqk
-        else:
-            k_PKR = tl.permute(k_PRK * tl.exp2(-head_PRK), (0, 2, 1))
-            t_PRR += tl.dot(e_PRK * to_head_PRK, k_PKR, input_precision=INSIDE)
-            aqk_PRR += tl.dot(q_PRK * to_head_PRK, k_PKR, input_precision=INSIDE)
+        e_CK, q_CK = tl.reshape(e_PRK * x_PRK, [C, BK]), tl.reshape(q_PRK * x_PRK, [C, BK])
+        k_CK = tl.reshape(k_PRK * x_PRK, [C, BK])
+        t_far_CC, aqk_far_CC = scores(e_CK, q_CK, k_CK, t_far_CC, aqk_far_CC, operand)
 
     at_PRR = row_PR1 * C + (i_P[:, None] * 16 + i_R[None, :])[:, None, :]
     at_CC = i_C[:, None] * C + i_C[None, :]
@@ -231,8 +247,7 @@ def prepare_kernel(
     tl.store(aqk_ptr + at_slot * C * C + at_CC, aqk_CC.to(operand), mask=block_C1 != block_1C)
     a_CC = invert(t_PRR, tl.where(near_CC, t_near_CC, t_far_CC), operand)
     tl.store(a_ptr + at_slot * C * C + at_CC, a_CC)
-    e_CK = tl.reshape(e_PRSK, [C, K]).to(tl.float32)
-    y_CK = product(a_CC, e_CK, tl.zeros([C, K], tl.float32), operand)
+    y_CK = product(a_CC, tl.reshape(e_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
     tl.store(y_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], y_CK.to(operand))
 
 
