@@ -109,9 +109,7 @@ def test_padding_is_inert(dtype):
         y[:, 17:] = 0.0
     o, state = chunk(x)
     o_short, state_short = chunk(tokens(x, 0, 17, x.state))
-    assert torch.equal(o[:, :17], o_short)
-    short = Case("short", 17, H=1, HV=1)
-    assert_as_good_as_the_specification((o[:, :17], state), short, tokens(x, 0, 17, x.state))
+    assert torch.equal(o[:, :17], o_short) and torch.equal(state, state_short)
 
 
 @pytest.mark.parametrize("K, V", [(1, 1), (31, 33), (64, 32), (100, 130), (256, 256)])
