@@ -3,6 +3,8 @@ kernels are gdn2_ops/kernels, imported by the first call that needs them."""
 
 from __future__ import annotations
 
+import torch
+
 from gdn2_ops.custom_ops import contract
 
 
@@ -16,12 +18,16 @@ def _chunk(q, k, v, g, b, w, state, cu_seqlens, scale):
 def _step(q, k, v, g, b, w, state, scale):
     from gdn2_ops.kernels import step
 
+    if state.dtype != torch.float32:  # the launcher takes bfloat16 too
+        contract.check_step(q, k, v, g, b, w, state)
     return step.step(q, k, v, g, b, w, state, scale)
 
 
 def _step_inplace(q, k, v, g, b, w, state, slots, scale):
     from gdn2_ops.kernels import step
 
+    if state.dtype != torch.float32:
+        contract.check_step_inplace(q, k, v, g, b, w, state, slots)
     return step.step_inplace(q, k, v, g, b, w, state, slots, scale)
 
 

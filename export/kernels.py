@@ -140,7 +140,7 @@ def compiled_kernel(build: Build):
     types = kernel.parameter_types(build.dtype)
     names = kernel.function.arg_names
     declared = [name.removesuffix("_ptr") for name in names if name not in constexprs]
-    if declared != list(types):
+    if declared != list(types) or set(constexprs) - set(names):
         raise RuntimeError(f"gdn2_ops.export.kernels: {build.kernel} declares {declared}, its types are {list(types)}")
     signature = {name: "constexpr" if name in constexprs else types[name.removesuffix("_ptr")] for name in names}
     aligned = [["tt.divisibility", 16]]

@@ -41,11 +41,14 @@ def test_step(slots):
     torch.testing.assert_close(pool if slots is None else pool[index], want_state)
 
 
-def test_a_shape_that_no_check_saw_is_refused_before_a_pointer_is_read():
+def test_what_no_check_saw_is_refused_before_a_pointer_is_read():
     x = inputs(Case("dispatched", 5), torch.float32)
     with pytest.raises(ValueError, match="gdn2::chunk: expected k of shape"):
         dispatch.CUDA["chunk"](x.q, x.k[:, :3], *x[2:], None, 0.5)
     six = [y[:, 0] for y in x[:6]]
+    for name, rest in (("step", (0.5,)), ("step_inplace", (None, 0.5))):  # which their launchers would take
+        with pytest.raises(TypeError, match=f"gdn2::{name}: expected state of dtype float32"):
+            dispatch.CUDA[name](*six, x.state.bfloat16(), *rest)
     with pytest.raises(ValueError, match="expected k of shape"):
         dispatch.CUDA["step"](six[0], six[1][:, :1], *six[2:], x.state, 0.5)
 

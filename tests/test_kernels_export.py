@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -155,3 +156,29 @@ def test_a_kernel_whose_types_are_not_its_parameters_is_refused(monkeypatch):
     monkeypatch.setattr(export, "_kernel", lambda build: wrong)
     with pytest.raises(RuntimeError, match=r"step declares \['q', 'k'"):
         export.compiled_kernel(BUILD)
+
+
+def test_launchers_hand_over_what_is_built_ahead_of_time():
+    script = Path(__file__).with_name("bound_launches.py")
+    done = subprocess.run([sys.executable, script], env=COMPILING, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    bound = json.loads(done.stdout)
+    assert {one["kernel"] for one in bound} >= {"step_kernel", "step_layer_kernel", "prepare_kernel", "recur_kernel"}
+    assert {one["constexprs"]["MASKED"] for one in bound} == {0, 1}
+    for launch in bound:
+        assert any(is_built_as(launch, one) for one in catalog.catalog()), launch
+
+
+def is_built_as(launch: dict, one: kernel.Kernel) -> bool:
+    """Whether the types, constexprs and warps of a launch are those of the kernel; a pointer may be absent."""
+    constexprs = {name: value for name, value in launch["constexprs"].items() if not name.endswith("_ptr")}
+    options = {name: constexprs.get(name) for name in one.options}
+    if launch["kernel"] != one.function.fn.__name__ or options["MASKED"] not in one.options["MASKED"]:
+        return False
+    types = {name.removesuffix("_ptr"): kind for name, kind in launch["types"].items() if name not in constexprs}
+    wanted, tile = one.constexprs("bf16", 64, 64, 90, **options)
+    declared = one.parameter_types("bf16")
+    absent = {name for name, kind in types.items() if kind == "constexpr" and declared[name].startswith("*")}
+    narrow = {"slots"} if types.get("slots") == "*i32" else set()
+    same = {name for name in types.keys() - absent - narrow if types[name] == declared[name]}
+    return same | absent | narrow == declared.keys() and constexprs == wanted and launch["warps"] == tile.num_warps

@@ -62,6 +62,7 @@ def test_step_layer_is_the_layer(name, dtype):
 
 
 WRONG = {
+    "q in double": ({"q": torch.rand(2, 2, 8).double()}, TypeError, "q of dtype torch.float32 or torch.bfloat16 or"),
     "k of another dtype": ({"k": torch.rand(2, 2, 8).half()}, TypeError, "k of dtype torch.float32, got torch.float16"),
     "b of other heads": ({"b": torch.rand(2, 1, 8)}, ValueError, r"b of shape \(2, 2, 8\), got \(2, 1, 8\)"),
     "g in half": ({"g": torch.zeros(2, 2, 8).half()}, TypeError, "g of dtype torch.float32"),

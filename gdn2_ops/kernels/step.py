@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2_ops.kernels.kernel import Kernel, expect, is_masked
+from gdn2_ops.kernels.kernel import DTYPES, Kernel, expect, is_masked
 
 
 @triton.jit(do_not_specialize=["H", "HV", "P", "key_size", "value_size"])
@@ -184,7 +184,8 @@ def _check(token: tuple[Tensor, ...], state: Tensor, slots: Tensor | None) -> No
     (N, H, K), (HV, V) = q.shape, v.shape[1:]
     if H < 1 or HV % H:
         raise ValueError(f"gdn2_ops.kernels.step: expected HV to be a multiple of H = {H}, got {HV}")
-    for name, x in (("q", q), ("k", k), ("b", b)):
+    expect("step", "q", q, (N, H, K), tuple(DTYPES), q.device)
+    for name, x in (("k", k), ("b", b)):
         expect("step", name, x, (N, H, K), (q.dtype,), q.device)
     for name, x in (("v", v), ("w", w)):
         expect("step", name, x, (N, HV, V), (q.dtype,), q.device)

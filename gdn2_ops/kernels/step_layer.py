@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2_ops.kernels.kernel import Kernel, expect, is_masked
+from gdn2_ops.kernels.kernel import DTYPES, Kernel, expect, is_masked
 from gdn2_ops.kernels.step import load, store, update
 
 
@@ -271,6 +271,7 @@ def _check(
     width = 1 if weights.convolution is None else weights.convolution.shape[-1]
     shapes = [(N, C), (N, H * K), (N, H * K), (N, HV * V), (N, HV * V), (C, width), (H,), (H * K,), (V,)]
     names = (*LayerToken._fields, *LayerWeights._fields)
+    expect("step_layer", "qkv", token.qkv, (N, C), tuple(DTYPES), device)
     for name, x, shape in (*zip(names, (*token, *weights), shapes), ("window", window, (P, C, width - 1))):
         if x is not None:
             _expect(name, x, shape, one, device)

@@ -1,0 +1,56 @@
+"""Run in a process under TRITON_INTERPRET=0: prints, as JSON, what the launchers hand to Triton's compiler for CPU
+tensors and a driver that has a target and no GPU. Nothing is compiled or launched; all before that is as on a GPU.
+"""
+
+import json
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from gdn2_ops.kernels import catalog, chunk_forward, kernel, step_layer
+
+
+class Driver:
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+BOUND: list[dict] = []
+
+
+def record(self, key, signature, device, constexprs, options, *rest):
+    names = {self.arg_names[i[0]]: value for i, value in constexprs.items()}
+    BOUND.append({"kernel": self.fn.__name__, "types": signature, "constexprs": names, "warps": options.num_warps})
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Driver())
+    JITFunction._do_compile = record
+    JITFunction.__getitem__ = lambda self, grid: lambda *x, **options: self.warmup(*x, grid=grid, **options)
+    kernel.arch = lambda device: 90
+    for size in (64, 50):
+        catalog.warm_up("cpu", torch.bfloat16, size, size)
+        six = [torch.zeros(1, 5, 2, size, dtype=torch.bfloat16) for _ in range(6)]
+        six[3] = six[3].float()
+        state, H = torch.zeros(1, 2, size, size), 2
+        chunk_forward.chunk(*six, state, None, 1.0)
+        chunk_forward.chunk(*six, None, torch.tensor([0, 5]), 1.0)
+        wide = [torch.zeros(1, H * size, dtype=torch.bfloat16) for _ in range(4)]
+        token = step_layer.LayerToken(torch.zeros(1, 3 * H * size, dtype=torch.bfloat16), *wide)
+        weights = [torch.zeros(n, dtype=torch.bfloat16) for n in ((3 * H * size, 4), (H,), (H * size,), (size,))]
+        window = torch.zeros(1, 3 * H * size, 3, dtype=torch.bfloat16)
+        for slots in (None, torch.zeros(1, dtype=torch.int64)):
+            step_layer.step_layer(token, step_layer.LayerWeights(*weights), window, state, slots=slots)
+    print(json.dumps(BOUND))
+
+
+if __name__ == "__main__":
+    main()
