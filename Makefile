@@ -88,5 +88,32 @@ build/peers/ggml/src/libggml-cpu.so: | $(STAMP)
 kernels: $(STAMP)  ## every GPU kernel as cubins in build/kernels, without a GPU (half an hour on 2 cores; ARGS selects)
 	$(BIN)/gdn2 build-kernels -o build/kernels $(ARGS)
 
+kernels-report: $(STAMP)  ## registers, spills, bytes of every GPU kernel, into docs/benchmarks.md (ARGS=--peer: of fla-core too)
+	$(BIN)/python -m benchmarks.kernels_report $(ARGS)
+
+FLA := fla-core==0.6.0
+peers-fla: | $(STAMP)  ## fla-core, a peer of kernels-report and gpu-bench, into build/peers (2 MB)
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/peers/fla $(FLA) einops
+
+# A machine with a GPU may have no internet: it has its own torch, triton and pytest, and gets the rest as wheels.
+gpu-wheels: $(STAMP)  ## what gpu-check and gpu-bench need besides torch, triton and pytest, into dist/gpu
+	rm -rf dist/gpu
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist/gpu .
+	$(BIN)/python -m pip download -q --no-deps -d dist/gpu $(FLA) einops
+
+GPU := build/gpu-site
+ON_GPU := PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(GPU)):$(CURDIR) TRITON_INTERPRET=0 PYTHONUNBUFFERED=1 $(PYTHON)
+.PHONY: gpu-site
+gpu-site:
+	@test -n "$(wildcard dist/gpu/*.whl)" || { echo "no wheels in dist/gpu: run make gpu-wheels where there is internet, and bring dist/gpu along"; exit 2; }
+	@$(PYTHON) -c 'import torch; torch.cuda.is_available() or exit("no NVIDIA GPU in this machine")'
+	@rm -rf $(GPU) && $(PYTHON) -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target $(GPU) dist/gpu/*.whl
+
+gpu-check: gpu-site  ## every test on a GPU, with dist/gpu and the torch, triton and pytest of PYTHON
+	$(ON_GPU) -m pytest -o pythonpath=tests tests/gpu $(ARGS)
+
+gpu-bench: gpu-site  ## this library against fla-core on a GPU, 8 minutes (ARGS="-o FOLDER" for the results)
+	$(ON_GPU) -m benchmarks.gpu $(ARGS)
+
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
