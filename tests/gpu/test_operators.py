@@ -1,0 +1,112 @@
+"""The operators on the tensors of a GPU: numbers, packed sequences, compiled, captured, and nothing compiled late."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES, DTYPES, FORMS, OUTPUTS, Case, assert_as_good_as, bounds, exact, inputs
+
+import gdn2_ops
+from gdn2_ops.kernels import catalog, chunk_forward, step
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+SIZES = [(32, 32), (64, 64), (100, 72), (128, 128), (256, 256)]
+
+
+def on(device: str, tensors):
+    return [None if x is None else x.to(device) for x in tensors]
+
+
+def assert_chunk(case: Case, dtype: torch.dtype, device: str) -> None:
+    x, options = inputs(case, dtype), {"cu_seqlens": bounds(case)}
+    got = gdn2_ops.chunk(*on(device, x), cu_seqlens=on(device, [bounds(case)])[0])
+    want = exact(x, **options)
+    for name, y, z, *same in zip(OUTPUTS, got, want, *(form(*x, **options) for form in FORMS)):
+        assert_as_good_as(same, y.cpu(), z, dtype, name)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_chunk(case, dtype, device):
+    assert_chunk(case, dtype, device)
+
+
+@every_dtype
+@pytest.mark.parametrize("K, V", SIZES)
+def test_chunk_of_every_head_size(K, V, dtype, device):
+    assert_chunk(Case(f"chunk of {K} and {V}", 130, H=1, HV=2, K=K, V=V, decay="resets"), dtype, device)
+
+
+def test_a_long_sequence(device):
+    assert_chunk(Case("long", 2000, H=2, HV=2, K=64, V=64, decay="channels"), torch.bfloat16, device)
+
+
+def test_a_second_run_gives_the_same_bits(device):
+    x = on(device, inputs(Case("again", 300, B=2, K=64, V=64), torch.bfloat16))
+    first = gdn2_ops.chunk(*x)
+    assert all(torch.equal(y, z) for _ in range(5) for y, z in zip(gdn2_ops.chunk(*x), first))
+
+
+def test_a_sequence_does_not_see_its_batch(device):
+    x = on(device, inputs(replace(CASES[3], name="batch", B=3, T=100), torch.bfloat16))
+    whole = gdn2_ops.chunk(*x)
+    for n in range(3):
+        alone = gdn2_ops.chunk(*(y[n : n + 1] for y in x))
+        assert all(torch.equal(y[n : n + 1], z) for y, z in zip(whole, alone))
+
+
+def test_compiled_is_eager(device):
+    x = on(device, inputs(Case("compiled", 40, K=32, V=32), torch.bfloat16))
+    compiled = torch.compile(lambda *y: gdn2_ops.chunk(*y), fullgraph=True)
+    assert all(torch.equal(y, z) for y, z in zip(compiled(*x), gdn2_ops.chunk(*x)))
+    token = [y[:, 0] for y in x[:6]]
+    stepped = torch.compile(lambda *y: gdn2_ops.step(*y), fullgraph=True)
+    assert all(torch.equal(y, z) for y, z in zip(stepped(*token, x[6]), gdn2_ops.step(*token, x[6])))
+
+
+def test_a_captured_step_replays(device):
+    x = on(device, inputs(Case("captured", 1, B=2, K=64, V=64), torch.bfloat16))
+    token, slots = [y[:, 0].contiguous() for y in x[:6]], torch.tensor([3, 1], device=device)
+    pool = torch.zeros(4, *x[6].shape[1:], device=device)
+    wanted = pool.clone()
+    with torch.inference_mode():
+        gdn2_ops.step_inplace(*token, pool.clone(), slots=slots)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o = gdn2_ops.step_inplace(*token, pool, slots=slots)
+        pool.zero_()
+        for _ in range(3):
+            graph.replay()
+            want_o = gdn2_ops.step_inplace(*token, wanted, slots=slots)
+            assert torch.equal(o, want_o) and torch.equal(pool, wanted)
+
+
+def compiled_so_far() -> int:
+    """Kernels that Triton has compiled or loaded in this process."""
+    functions = {kernel.function for kernel in catalog.catalog()}
+    return sum(len(cache[0]) for function in functions for cache in function.device_caches.values())
+
+
+def test_after_a_warm_up_nothing_compiles(device):
+    catalog.warm_up(device, torch.float16, 64, 32)
+    before = compiled_so_far()
+    for B, H, HV in ((1, 1, 1), (2, 3, 6), (16, 16, 16)):
+        x = on(device, inputs(Case("warm", 1, B=B, H=H, HV=HV, K=64, V=32), torch.float16))
+        token = [y[:, 0] for y in x[:6]]
+        step.step(*token, x[6], 1.0)
+        slots = torch.arange(B, device=device)
+        for index in (None, slots, slots.int()):
+            step.step_inplace(*token, x[6], index, 1.0)
+    assert compiled_so_far() == before > 0
+
+
+def test_no_number_is_left_unwritten(device):
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
+    try:
+        x = on(device, inputs(Case("poisoned", 70, K=40, V=33, state=False), torch.bfloat16))
+        o, state = chunk_forward.chunk(*x, None, 1.0)
+        assert o.isfinite().all() and state.isfinite().all()
+        stepped = step.step(*(y[:, 0] for y in x[:6]), state, 1.0)
+        assert all(y.isfinite().all() for y in stepped)
+    finally:
+        torch.use_deterministic_algorithms(False)
