@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv module: install it (Debian: apt-get install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core cmake ninja
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[onnx,triton,transformers,examples,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[onnx,genai,triton,transformers,examples,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## one model, one ONNX file: eager, compiled and ONNX Runtime agree on real text, and how fast

@@ -13,6 +13,7 @@ from pathlib import Path
 DEFAULT_MODEL = Path("examples/models/tiny")
 PARTS = {
     "onnx": ("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
+    "genai": ("onnxruntime_genai",),
     "triton": ("triton",),
     "transformers": ("transformers",),
 }
@@ -45,11 +46,13 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", _export, "write a model for another runtime")
     export.add_argument("model", type=Path, help="model folder")
-    export.add_argument("--to", choices=["onnx"], required=True)
-    export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+    export.add_argument("--to", choices=["onnx", "genai"], required=True)
+    export.add_argument("-o", "--output", type=Path, required=True, help="file to write; for genai a folder")
     export.add_argument(
         "--body", default="chunk", help="of the ONNX node: chunk (default), scan, linear_attention or none"
     )
+    export.add_argument("--library", action="store_true", help="genai: put our ONNX Runtime kernels into the folder")
+    export.add_argument("--tokenizer", type=Path, help="genai: folder of the tokenizer (default: tokens are bytes)")
 
     kernels = command("build-kernels", _build_kernels, "compile the GPU kernels to cubins and a manifest; needs no GPU")
     kernels.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
@@ -98,12 +101,21 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from gdn2_ops.export.onnx import export
+    from gdn2_ops.export import genai, onnx
     from gdn2_ops.model import GDN2LM
 
+    if options.to != "genai" and (options.library or options.tokenizer):
+        raise ValueError(f"expected --library and --tokenizer with --to genai, got --to {options.to}")
     if not options.output.parent.is_dir():
         raise FileNotFoundError(f"expected an existing folder to write to, got {str(options.output.parent)!r}")
-    file = export(GDN2LM.from_pretrained(options.model), options.output, body=options.body)
+    model = GDN2LM.from_pretrained(options.model)
+    if options.to == "genai":
+        folder = genai.export(
+            model, options.output, body=options.body, library=options.library, tokenizer=options.tokenizer
+        )
+        print(f"wrote {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
+        return 0
+    file = onnx.export(model, options.output, body=options.body)
     print(f"wrote {file} ({file.stat().st_size:,} bytes)")
     return 0
 

@@ -51,7 +51,7 @@ ARROWS = {
     "checkpoints": ("model",),
     "huggingface": ("layers", "model"),
     "backends": ("model",),
-    "export": ("export", "custom_ops"),
+    "export": ("export", "custom_ops", "compiled"),
     "export.kernels": ("kernels",),  # the kernels themselves are what it writes
     "runtime": ("runtime", "compiled"),
     "check": ("corpus", "backends", "model", "export", "runtime"),

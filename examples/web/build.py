@@ -11,10 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import onnx_ir as ir
-
 from gdn2_ops.backends import TorchBackend
-from gdn2_ops.export.onnx import attach_body, export
+from gdn2_ops.export.onnx import export
 from gdn2_ops.export.onnx_bodies import BODIES
 from gdn2_ops.model import GDN2LM
 from gdn2_ops.runtime.generate import generate
@@ -30,11 +28,8 @@ COUNT = 96
 def main(site: Path) -> None:
     model = GDN2LM.from_pretrained(MODEL)
     (site / "models").mkdir(parents=True, exist_ok=True)
-    first, *others = (site / "models" / f"{body}.onnx" for body in BODIES)
-    program = ir.load(export(model, first, body=first.stem))
-    for file in others:
-        attach_body(program, file.stem)
-        ir.save(program, file)
+    for body in BODIES:
+        export(model, site / "models" / f"{body}.onnx", body=body)
     for name in PAGE:
         shutil.copy(HERE / name, site / name)
     (site / "onnxruntime-web").mkdir(exist_ok=True)
