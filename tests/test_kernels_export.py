@@ -1,6 +1,7 @@
 """Cubins and their manifest, built without a GPU in processes of their own: this one interprets kernels."""
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gdn2_ops import cli
+from gdn2_ops import cli, kernels
 from gdn2_ops.export import kernels as export
 from gdn2_ops.kernels import catalog, kernel, step, tiles
 
@@ -139,11 +140,21 @@ def test_warm_up_launches_what_a_model_needs(size, monkeypatch):
         launch(self, grid, device, dtype, K, V, *arguments, **options)
 
     monkeypatch.setattr(kernel.Kernel, "launch", recorded)
-    catalog.warm_up("cpu", torch.float16, size, size)
-    options = {one[-1] for one in launched}
-    masked = ("MASKED", int(size == 50))
-    assert {one[:4] for one in launched} == {("step", torch.float16, size, size)}
-    assert options == {(("SLOTS", 0), masked), (("SLOTS", 1), masked)}
+    kernels.warm_up("cpu", torch.float16, size, size)
+    assert {one[1:4] for one in launched} == {(torch.float16, size, size)}
+    masked = int(size == 50)
+    for one in catalog.catalog():
+        ways = {name: values for name, values in one.options.items() if name not in ("MASKED", "BACKWARD")}
+        wanted = set(itertools.product(*ways.values()))
+        found = [dict(options) for name, *_, options in launched if name == one.name]
+        assert all(options["MASKED"] == masked and not options.get("BACKWARD") for options in found)
+        if one.name in ("step", "prepare", "recur"):
+            assert {tuple(options[name] for name in ways) for options in found} == wanted
+
+
+def test_another_part_is_refused():
+    with pytest.raises(ValueError, match=r"expected parts among \('chunk', 'step'\), got \('train',\)"):
+        kernels.warm_up("cpu", torch.float16, 64, 64, ("train",))
 
 
 def test_a_device_without_kernels_is_refused():
@@ -179,6 +190,6 @@ def is_built_as(launch: dict, one: kernel.Kernel) -> bool:
     wanted, tile = one.constexprs("bf16", 64, 64, 90, **options)
     declared = one.parameter_types("bf16")
     absent = {name for name, kind in types.items() if kind == "constexpr" and declared[name].startswith("*")}
-    narrow = {"slots"} if types.get("slots") == "*i32" else set()
+    narrow = {name for name, kind in types.items() if (kind, declared[name]) == ("*i32", "*i64")}  # indices
     same = {name for name in types.keys() - absent - narrow if types[name] == declared[name]}
     return same | absent | narrow == declared.keys() and constexprs == wanted and launch["warps"] == tile.num_warps

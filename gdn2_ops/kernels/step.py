@@ -195,13 +195,3 @@ def _check(token: tuple[Tensor, ...], state: Tensor, slots: Tensor | None) -> No
         raise ValueError(f"gdn2_ops.kernels.step: expected a contiguous state, got strides {state.stride()}")
     if slots is not None:
         expect("step", "slots", slots, (N,), (torch.int32, torch.int64), q.device)
-
-
-def warm_up(device: torch.device, dtype: torch.dtype, K: int, V: int) -> None:
-    """Every launch of this file for one dtype and head size: states new, in place, in a pool."""
-    k, v = torch.zeros(1, 1, K, dtype=dtype, device=device), torch.zeros(1, 1, V, dtype=dtype, device=device)
-    state = torch.zeros(1, 1, K, V, device=device)
-    token = (k, k, v, k.float(), k, v)
-    for index in (torch.int64, torch.int32):
-        step_inplace(*token, state, torch.zeros(1, dtype=index, device=device), 1.0)
-    step_inplace(*token, state, None, 1.0)

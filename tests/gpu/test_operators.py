@@ -7,6 +7,7 @@ import torch
 from cases import CASES, DTYPES, FORMS, OUTPUTS, Case, assert_as_good_as, bounds, exact, inputs
 
 import gdn2_ops
+from gdn2_ops import kernels
 from gdn2_ops.kernels import catalog, chunk_forward, step
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -88,12 +89,14 @@ def compiled_so_far() -> int:
 
 
 def test_after_a_warm_up_nothing_compiles(device):
-    catalog.warm_up(device, torch.float16, 64, 32)
+    kernels.warm_up(device, torch.float16, 64, 32)
     before = compiled_so_far()
     for B, H, HV in ((1, 1, 1), (2, 3, 6), (16, 16, 16)):
         x = on(device, inputs(Case("warm", 1, B=B, H=H, HV=HV, K=64, V=32), torch.float16))
         token = [y[:, 0] for y in x[:6]]
         step.step(*token, x[6], 1.0)
+        gdn2_ops.chunk(*x)
+        gdn2_ops.chunk(*(y[:1] for y in x[:6]), None, cu_seqlens=torch.tensor([0, 0, 1], device=device))
         slots = torch.arange(B, device=device)
         for index in (None, slots, slots.int()):
             step.step_inplace(*token, x[6], index, 1.0)

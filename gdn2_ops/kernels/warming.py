@@ -1,0 +1,44 @@
+"""Compiling and loading before the first request."""
+
+from __future__ import annotations
+
+import torch
+
+from gdn2_ops.kernels import chunk_forward, step
+
+
+def warm_up(
+    device: torch.device | str, dtype: torch.dtype, K: int, V: int, parts: tuple[str, ...] = ("chunk", "step")
+) -> None:
+    """Compiles and loads what a first request would wait for: call it for every layer shape of a model.
+
+    Runs the launchers once, on one token, in every way of calling them: with and without a state, packed sequences and
+    slots. The sizes of a call other than K and V select no kernel, so no later call of that dtype compiles. Tensors
+    whose memory starts at no multiple of 16 bytes do: Triton compiles narrower loads for them.
+
+    Args:
+        dtype: of q. K, V: channels of a key and of a value head. parts: chunk (prefill), step (decoding).
+
+    Raises: ValueError: another part.
+    """
+    known = {"chunk": _chunk, "step": _step}
+    if set(parts) - set(known):
+        raise ValueError(f"gdn2_ops.kernels.warm_up: expected parts among {tuple(known)}, got {parts}")
+    for part in parts:
+        k, v = torch.zeros(1, 1, K, dtype=dtype, device=device), torch.zeros(1, 1, V, dtype=dtype, device=device)
+        known[part]((k, k, v, k.float(), k, v), torch.zeros(1, 1, K, V, device=device))
+
+
+def _step(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
+    q, k, v, g, b, w = token
+    slots = torch.zeros(1, dtype=torch.int64, device=state.device)
+    for index in (None, slots, slots.int()):
+        step.step_inplace(q, k, v, g, b, w, state, index, 1.0)
+
+
+def _chunk(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
+    q, k, v, g, b, w = (x[:, None] for x in token)
+    bounds = torch.tensor((0, 1), device=state.device)
+    for before in (None, state):
+        for packed in (None, bounds, bounds.int()):
+            chunk_forward.chunk(q, k, v, g, b, w, before, packed, 1.0)
