@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CASES, FORMS, Case, Inputs, assert_as_good_as, bounds, exact, inputs
 
-from gdn2_ops.kernels import chunk_forward
+from gdn2_ops.kernels import chunk_forward, tiles
 
 HALF = (torch.float32, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
@@ -171,3 +171,24 @@ def test_what_the_backward_pass_is_given(cu_seqlens, dtype):
             want_CHV = torch.stack(want)
             got = r[0, at : min(at + chunk_forward.C, end)]
             assert_as_good_as([want_CHV.to(dtype)], got, want_CHV, dtype, "r")
+
+
+@every_dtype
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 130, 135, 200, 200)])
+def test_the_walk_in_segments_is_the_walk(cu_seqlens, dtype, monkeypatch, poisoned_empty):
+    case = Case("segments", 200, cu_seqlens=cu_seqlens, H=1, HV=2, K=8, V=40, state=cu_seqlens is None)
+    x, cu = inputs(case, dtype), bounds(case)
+    for segments in (2, 4, 9):
+        monkeypatch.setattr(tiles, "segments", lambda programs, chunks, P=segments: P)
+        assert_as_good_as_the_specification(chunk(x, cu), case, x, cu)
+
+
+def test_the_table_of_segments_follows_its_reasoning():
+    def steps(programs, chunks, P):
+        waves = -(-2 * programs * P // 132) + -(-programs * P // 132)
+        return waves * chunks / P + 1.5 * P
+
+    for programs, chunks, P in tiles.SEGMENTS:
+        assert tiles.segments(programs, chunks) == P
+        assert steps(programs, chunks, P) == min(steps(programs, chunks, 2**n) for n in range(1, 8)) < 0.7 * chunks
+    assert tiles.segments(17, 10**6) == tiles.segments(1, 31) == 1

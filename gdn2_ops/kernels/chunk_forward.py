@@ -30,19 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, prepare, product
-
-
-@triton.jit
-def bounds(cu_seqlens_ptr, i_n, T, C: tl.constexpr, PACKED: tl.constexpr):
-    """First token as a row of [B T], tokens and first slot of a sequence."""
-    if PACKED:
-        begin = tl.load(cu_seqlens_ptr + i_n).to(tl.int32)
-        end = tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int32)
-        return begin.to(tl.int64), end - begin, begin // C + i_n
-    else:
-        return i_n.to(tl.int64) * T, T, i_n * tl.cdiv(T, C)
+from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, bounds, carried, prepare, writes
+from gdn2_ops.kernels.segments import CHAIN, SUMMARISE, starts
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "segments", "length", "key_size", "value_size"])
@@ -103,7 +94,6 @@ def recur_kernel(
         state_KV = tl.zeros([K, BV], tl.float32)
 
     at_work_CK = i_C[:, None] * K + i_K[None, :]
-    at_work_CC = i_C[:, None] * C + i_C[None, :]
     for i_c in tl.range(begin, end):
         slot = (first_slot + i_c).to(tl.int64)
         at_slot = slot * H + i_hv // (HV // H)
@@ -114,10 +104,7 @@ def recur_kernel(
         z_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         z_CV *= tl.load(v_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         operand_KV = state_KV.to(operand)
-        a_CC = tl.load(a_ptr + at_slot * C * C + at_work_CC)
-        r_CV = product(a_CC, z_CV, tl.zeros([C, BV], tl.float32), operand)
-        y_CK = tl.load(y_ptr + at_slot * C * K + at_work_CK)
-        r_CV = (r_CV - tl.dot(y_CK, operand_KV, input_precision=PRECISION)).to(operand)
+        r_CV = writes(a_ptr, y_ptr, at_slot, z_CV, operand_KV, C, K)
         if BACKWARD:
             at_states = (slot * HV + i_hv) * keys * values
             tl.store(states_ptr + at_states + at_KV, operand_KV, mask=live_KV)
@@ -125,12 +112,10 @@ def recur_kernel(
         else:
             qd_CK = tl.load(qd_ptr + at_slot * C * K + at_work_CK)
             o_CV = tl.dot(qd_CK, operand_KV, input_precision=PRECISION)
-            aqk_CC = tl.load(aqk_ptr + at_slot * C * C + at_work_CC)
+            aqk_CC = tl.load(aqk_ptr + at_slot * C * C + (i_C[:, None] * C + i_C[None, :]))
             o_CV = tl.dot(aqk_CC, r_CV, o_CV, input_precision=PRECISION)
             tl.store(o_ptr + at_token + at_CV, o_CV.to(operand), mask=live_CV)
-        state_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
-        kt_CK = tl.load(kt_ptr + at_slot * C * K + at_work_CK)
-        state_KV = tl.dot(tl.trans(kt_CK), r_CV, state_KV, input_precision=PRECISION)
+        state_KV = carried(decay_ptr, kt_ptr, at_slot, r_CV, state_KV, C, K)
 
     if not BACKWARD:  # noqa: SIM102, one is a constexpr
         if (end == chunks) & ((begin < chunks) | (begin == 0)):  # the last segment that has chunks
@@ -148,7 +133,7 @@ RECUR = Kernel(
     options={"STATE": (0, 1), "PACKED": (0, 1), "BACKWARD": (0, 1), "MASKED": (0, 1)},
     grid="(N * segments * HV * V / BV, 1, 1)",
 )
-KERNELS = (PREPARE, RECUR)
+KERNELS = (PREPARE, RECUR, SUMMARISE, CHAIN)
 
 
 def chunk(
@@ -170,7 +155,7 @@ def chunk(
 def recur(
     prepared: Workspace, v: Tensor, w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, key_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Launches `recur` for o [B, T, HV, V] and the final state [N, HV, K, V]."""
+    """Launches `recur`, in segments where that is faster, for o [B, T, HV, V] and the final state [N, HV, K, V]."""
     N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final_state = prepared.decay.new_empty(N, v.shape[2], key_size, v.shape[3])
@@ -198,16 +183,19 @@ def _launch_recur(
     key_size: int,
 ) -> None:
     (B, T, HV, V), H = v.shape, prepared.y.shape[1]
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segments, length = 1, triton.cdiv(T, C)
-    inputs = (v.contiguous(), w.contiguous(), None if state is None else state.contiguous(), cu_seqlens)
+    N, chunks = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, triton.cdiv(T, C)
+    v, w, state = v.contiguous(), w.contiguous(), None if state is None else state.contiguous()
+    segments = tiles.segments(N * HV * triton.cdiv(V, 64), chunks)
+    length = triton.cdiv(chunks, segments)
+    if segments > 1:
+        state = starts(prepared, v, w, state, cu_seqlens, segments, length, key_size)
     RECUR.launch(
         lambda c: (N * segments * HV * (c["V"] // c["BV"]),),
         v.device,
         v.dtype,
         key_size,
         V,
-        *(*prepared, *inputs, T, H, HV, segments, length, key_size, V, *outputs),
+        *(*prepared, v, w, state, cu_seqlens, T, H, HV, segments, length, key_size, V, *outputs),
         STATE=int(state is not None),
         PACKED=int(cu_seqlens is not None),
         BACKWARD=int(outputs[0] is None),

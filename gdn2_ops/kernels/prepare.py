@@ -251,6 +251,39 @@ def prepare_kernel(
     tl.store(y_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], y_CK.to(operand))
 
 
+@triton.jit
+def bounds(cu_seqlens_ptr, i_n, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token as a row of [B T], tokens and first slot of a sequence."""
+    if PACKED:
+        begin = tl.load(cu_seqlens_ptr + i_n).to(tl.int32)
+        end = tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int32)
+        return begin.to(tl.int64), end - begin, begin // C + i_n
+    else:
+        return i_n.to(tl.int64) * T, T, i_n * tl.cdiv(T, C)
+
+
+@triton.jit
+def writes(a_ptr, y_ptr, at_slot, z_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
+    """R of a chunk; state_KV in the dtype of the workspace."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    PRECISION: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
+    i_C, i_K = tl.arange(0, C), tl.arange(0, K)
+    a_CC = tl.load(a_ptr + at_slot * C * C + (i_C[:, None] * C + i_C[None, :]))
+    r_CV = product(a_CC, z_CV, tl.zeros(z_CV.shape, tl.float32), dtype)
+    y_CK = tl.load(y_ptr + at_slot * C * K + (i_C[:, None] * K + i_K[None, :]))
+    return (r_CV - tl.dot(y_CK, state_KV, input_precision=PRECISION)).to(dtype)
+
+
+@triton.jit
+def carried(decay_ptr, kt_ptr, at_slot, r_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
+    """The state after a chunk."""
+    PRECISION: tl.constexpr = "ieee" if r_CV.dtype == tl.float32 else "tf32"
+    i_C, i_K = tl.arange(0, C), tl.arange(0, K)
+    state_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
+    kt_CK = tl.load(kt_ptr + at_slot * C * K + (i_C[:, None] * K + i_K[None, :]))
+    return tl.dot(tl.trans(kt_CK), r_CV, state_KV, input_precision=PRECISION)
+
+
 class Workspace(NamedTuple):
     """What `prepare` writes, in the layout above."""
 

@@ -62,9 +62,41 @@ ROWS = (
     ),
     # prepare: slices of 16 keys, since with 32 the scores of a chunk and what waits for A spill.
     _Row("prepare", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 16}, num_warps=8)),
-    # recur: [K, BV] of the state in registers.
-    _Row("recur", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
+    # recur: [K, BV] of the state in registers. Two stages prefetch a chunk's operands where shared memory holds them
+    # twice; float16, whose A is used in halves, has registers for half of the columns.
+    *(
+        _Row("recur", dtypes, KS, (V,), archs, Tile({"C": 64, "BV": min(V, BV)}, num_warps, num_stages))
+        for dtypes, KS, archs, BV, num_warps, num_stages in (
+            (("bf16",), (32, 64, 128), (90,), 64, 4, 2),
+            (("bf16",), (256,), (90,), 64, 8, 1),
+            (("fp16",), (32, 64, 128), (90,), 32, 4, 2),
+            (("fp16",), (256,), (90,), 32, 8, 1),
+            (("bf16",), (32, 64, 128), (100,), 64, 4, 1),
+            (("fp16",), (32, 64, 128), (100,), 32, 4, 1),
+            (HALF, (256,), (100,), 32, 8, 1),
+            (HALF, (32, 64, 128), (80, 120), 32, 4, 1),
+            (HALF, (256,), (80, 120), 32, 8, 1),
+            (("fp32",), HEAD_SIZES, ANY_ARCH, 16, 8, 1),
+        )
+        for V in HEAD_SIZES
+    ),
+    # summarise: as recur, without outputs. chain: M in slices of BK columns.
+    _Row("summarise", ANY_DTYPE, (32, 64, 128), HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
+    _Row("summarise", ANY_DTYPE, (256,), HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=8)),
+    _Row("chain", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 32, "BV": 16}, num_warps=4)),
 )
+
+
+# Programs of `recur` at most, chunks of a sequence at least: segments. Not measured on a GPU; the reasoning: a program
+# occupies one of about 132 processors and a step is one chunk. The plain walk takes c steps. In P segments, with p
+# programs, `summarise` (values and as many columns of M) takes ceil(2 p P / 132) c / P, `recur` ceil(p P / 132) c / P
+# and `chain` about 1.5 P, three launches more included. Rows stand where that is below 0.7 c, with the best P.
+SEGMENTS = ((4, 128, 16), (8, 256, 16), (8, 32, 8), (16, 64, 8), (16, 32, 4))
+
+
+def segments(programs: int, chunks: int) -> int:
+    """Into how many segments the walk over `chunks` chunks is split, where so many programs would walk: 1 is not."""
+    return next((P for at_most, at_least, P in SEGMENTS if programs <= at_most and chunks >= at_least), 1)
 
 
 def head_size(size: int) -> int:
