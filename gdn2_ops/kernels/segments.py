@@ -177,22 +177,32 @@ def starts(
     (B, T, HV, V), H = v.shape, prepared.y.shape[1]
     N, new = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, prepared.decay.new_empty
     m, n = new(N, segments, H, key_size, key_size), new(N, segments, HV, key_size, V)
-    sizes, options = (T, H, HV, segments, length, key_size, V), {"PACKED": int(cu_seqlens is not None)}
-    options["MASKED"] = is_masked(key_size, V)
-    point = (v.device, v.dtype, key_size, V)
+    sizes, packed, masked = (
+        (T, H, HV, segments, length, key_size, V),
+        int(cu_seqlens is not None),
+        is_masked(key_size, V),
+    )
     SUMMARISE.launch(
         lambda c: (N * segments * (HV * (c["V"] // c["BV"]) + H * (c["K"] // c["BV"])),),
-        *point,
+        v.device,
+        v.dtype,
+        key_size,
+        V,
         *(prepared.y, prepared.kt, prepared.a, prepared.decay, v, w, cu_seqlens, *sizes, m, n),
-        **options,
+        PACKED=packed,
+        MASKED=masked,
     )
     out = torch.empty_like(n)
     CHAIN.launch(
         lambda c: (N * HV * (c["V"] // c["BV"]),),
-        *point,
+        v.device,
+        v.dtype,
+        key_size,
+        V,
         *(m, n, state, cu_seqlens, *sizes, out),
         STATE=int(state is not None),
-        **options,
+        PACKED=packed,
+        MASKED=masked,
         EXACT=int(v.dtype == torch.float32),
     )
     return out
