@@ -19,7 +19,7 @@ from gdn2_ops.kernels import chunk_forward, tiles
 HALF = (torch.float32, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
 # Two reflections on nearly one key undo each other and nothing decays: the roundings of R and Kt, operands of matrix
-# units, stay in the state (docs/decisions).
+# units, stay in the state (docs/decisions/0005).
 NEUTRAL = "130 tokens, equal keys, reflections"
 
 
