@@ -7,6 +7,7 @@ tests/test_tiles.py refuses two.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -118,6 +119,7 @@ def table_arch(major: int, minor: int) -> int:
     return fitting[-1]
 
 
+@functools.cache
 def tile(kernel: str, dtype: str, K: int, V: int, arch: int) -> Tile:
     """The row for `kernel`, the dtype of q ("fp32", "bf16", "fp16"), head sizes up to 256 and an architecture of ARCHS.
 
