@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,12 +38,11 @@ from gdn2_ops.export.onnx_schema import (
     PLUGIN,
     SCHEMA,
     VERSION,
-    register_schema,
 )
+from gdn2_ops.export.onnx_weights import transpose_weights, write
 from gdn2_ops.export.program import STATE_NAMES, FlatProgram, flatten_language_model, flatten_module
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LARGEST_FILE = 2**31 - 2**24  # a protocol buffer ends at 2 GiB; the rest is for nodes and shapes
 
 _NODE = Op(Opset(DOMAIN, VERSION), OP, SCHEMA)
 
@@ -98,11 +96,12 @@ def export(
         flat = flatten_module(module, args, dynamic=dynamic, input_names=input_names, output_names=output_names)
     model = _translate(flat, opset)
     attach_body(model, body)
+    transpose_weights(model.graph)
     describe(model, type(module).__name__, body)
     model.ir_version = onnx.helper.find_min_ir_version_for(
         [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()], True
     )
-    _write(model, Path(file), external_data)
+    write(model, Path(file), external_data)
     return Path(file)
 
 
@@ -189,21 +188,6 @@ def _refuse(exported: torch.export.ExportedProgram) -> None:
                 _translate_step_inplace()
             if node.target is torch.ops.gdn2.chunk.default:
                 _refuse_packed(node.args[7] if len(node.args) > 7 else node.kwargs.get("cu_seqlens"))
-
-
-def _write(model: ir.Model, file: Path, external_data: bool | None) -> None:
-    """The checker looks at the file, for a large one fits no message in memory; what it refuses is removed."""
-    weights = sum(x.const_value.nbytes for x in model.graph.initializers.values() if x.const_value is not None)
-    external = weights > LARGEST_FILE if external_data is None else external_data
-    data = file.with_name(file.name + ".data")
-    register_schema()
-    try:
-        ir.save(model, os.fspath(file), external_data=data.name if external else None)
-        onnx.checker.check_model(os.fspath(file), full_check=True)
-    except BaseException:
-        for path in (file, data):
-            path.unlink(missing_ok=True)
-        raise
 
 
 def _translate_chunk(q, k, v, g, b, w, state, cu_seqlens, scale):

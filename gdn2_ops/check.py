@@ -38,9 +38,9 @@ SHORT_PROMPT, SHORT_COUNT, SHORT_WINDOW, SHORT_WINDOWS = 64, 16, 64, 4  # for ba
 # Measured on the model `tiny`, times four: each rounding of the weights' type moves its logits of up to 20.
 TOLERANCES = {
     "float32": FLOAT32,
-    "float16": Tolerance(logits=0.2, bits=1e-3, same_bytes=False, numbers=2e-2),
-    "bfloat16": Tolerance(logits=1.6, bits=1e-2, same_bytes=False, numbers=2e-1),
-    "int8": Tolerance(logits=8.0, bits=5e-2, same_bytes=False, numbers=1.0),
+    "float16": Tolerance(logits=0.2, bits=1e-3, same_bytes=False, numbers=1e-2),
+    "bfloat16": Tolerance(logits=0.7, bits=2e-3, same_bytes=False, numbers=8e-2),
+    "int8": Tolerance(logits=5.0, bits=2e-2, same_bytes=False, numbers=0.3),
 }
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import platform
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 DEFAULT_MODEL = Path("examples/models/tiny")
@@ -51,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--body", default="chunk", help="of the ONNX node: chunk (default), scan, linear_attention or none"
     )
+    export.add_argument("--opset", type=int, help="onnx: of the standard operators (default 21)")
+    export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="onnx: of the weights")
+    export.add_argument("--quantize", choices=["int8"], help="onnx: 8 bits for weights")
     export.add_argument("--library", action="store_true", help="genai: put our ONNX Runtime kernels into the folder")
     export.add_argument("--tokenizer", type=Path, help="genai: folder of the tokenizer (default: tokens are bytes)")
 
@@ -101,11 +105,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from gdn2_ops.export import genai, onnx
+    from gdn2_ops.export import genai
     from gdn2_ops.model import GDN2LM
 
     if options.to != "genai" and (options.library or options.tokenizer):
         raise ValueError(f"expected --library and --tokenizer with --to genai, got --to {options.to}")
+    if options.to != "onnx" and (options.dtype or options.quantize or options.opset):
+        raise ValueError(f"expected --dtype, --quantize and --opset with --to onnx, got --to {options.to}")
     if not options.output.parent.is_dir():
         raise FileNotFoundError(f"expected an existing folder to write to, got {str(options.output.parent)!r}")
     model = GDN2LM.from_pretrained(options.model)
@@ -115,9 +121,23 @@ def _export(options: argparse.Namespace) -> int:
         )
         print(f"wrote {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
         return 0
-    file = onnx.export(model, options.output, body=options.body)
+    file = _export_onnx(model, options)
     print(f"wrote {file} ({file.stat().st_size:,} bytes)")
     return 0
+
+
+def _export_onnx(model, options: argparse.Namespace) -> Path:
+    import torch
+
+    from gdn2_ops.export.onnx import OPSET, export
+    from gdn2_ops.export.onnx_quantize import quantize_int8
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    write = partial(export, model, body=options.body, opset=options.opset or OPSET, dtype=dtype)
+    if options.quantize is None:
+        return write(options.output)
+    with tempfile.TemporaryDirectory() as folder:
+        return quantize_int8(write(Path(folder) / "model.onnx"), options.output)
 
 
 def _build_kernels(options: argparse.Namespace) -> int:
