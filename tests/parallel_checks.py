@@ -215,6 +215,20 @@ def context_parallel_sequence_goes_on_from_a_state(group):
         close(split(rows[:, 10:][:, mine], state).logits, one(rows).logits[:, 10:][:, mine], "logits")
 
 
+@check(2)
+def split_models_compile_into_one_graph(group):
+    for apply in (parallel.apply_tensor_parallel, parallel.apply_context_parallel):
+        split = apply(model_of("hybrid"), group.mesh)
+        rows = rows_of(2, 26)
+        rows = rows if apply is parallel.apply_tensor_parallel else rows[:, tokens_of(group, 26, (7,))]
+        logits, grads = run(split, rows)
+        want = {name: whole(grad).clone() for name, grad in grads.items()}
+        split.compile(backend="aot_eager", fullgraph=True)
+        got_logits, got_grads = run(split, rows)
+        close(got_logits, logits, f"{apply.__name__}: logits")
+        assert_gradients(got_grads, want)
+
+
 @check(4)
 def context_parallel_and_fsdp_together(group):
     """Each rank has some tokens of every row: the average of gradients times the ranks is their sum."""

@@ -49,7 +49,7 @@ def run(rank: int, size: int, folder: str) -> None:
     """
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=60)
+    store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", rank=rank, world_size=size, init_method=store, timeout=timeout)
     group = Group(rank, size, init_device_mesh("cpu", (size,)))
     for name, (sizes, function) in CHECKS.items():

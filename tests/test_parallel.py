@@ -36,12 +36,15 @@ def outcomes(tmp_path_factory):
 
 
 def start(size: int, folder: str) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=run, args=(rank, size, folder)) for rank in range(size)]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(
+        [parallel_checks.__name__, sharding_checks.__name__]
+    )  # imported once, not per process
+    processes = [server.Process(target=run, args=(rank, size, folder)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(200)
+        process.join(400)
         process.kill()
 
 

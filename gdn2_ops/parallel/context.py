@@ -16,7 +16,7 @@ import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from gdn2_ops import functional
 from gdn2_ops.functional import GDN2Output
@@ -156,7 +156,8 @@ def _response(q: Tensor, k: Tensor, g: Tensor, b: Tensor, scale: float | None) -
 def _gathered(M: Tensor, S0: Tensor, mesh: DeviceMesh) -> Tensor:
     """The pairs of every rank, [R, numbers of a pair]; gradients are summed over the ranks that used them."""
     pair_1P = torch.cat((M.flatten(), S0.flatten())).unsqueeze(0)
-    return DTensor.from_local(pair_1P, mesh, [Shard(0)], run_check=False).full_tensor(grad_placements=[Partial()])
+    pairs_RP = DTensor.from_local(pair_1P, mesh, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
+    return pairs_RP.to_local(grad_placements=[Partial()])
 
 
 def _unpacked(pair_P: Tensor, M: Tensor, S0: Tensor) -> tuple[Tensor, Tensor]:
