@@ -1,10 +1,11 @@
 """Triton kernels -> cubins and a manifest, on a machine without a GPU: what a plugin embeds and launches.
 
-The manifest says all that a launcher in another language needs: for every cubin its file, symbol, architecture (it
-serves devices of the same major version), the types of its parameters in order, threads, shared memory, constexprs and
-the rule of its grid. Pointers are multiples of 16 bytes. MASKED = 0 is for heads of exactly K and V channels, 1 for
-smaller ones. Triton appends hidden parameters to those that the kernel declares, pointers to scratch memory: a caller
-passes nulls, since kernels that would use them are refused here.
+The manifest says all that a launcher in another language needs: for every cubin its file, symbol, target, the types
+of its parameters in order, threads, shared memory, constexprs and the rule of its grid. A target with a letter,
+sm_90a, serves that compute capability alone, one without, sm_80, later ones of the same major version too. Pointers
+are multiples of 16 bytes. MASKED = 0 is for heads of exactly K and V channels, 1 for smaller ones. Triton appends
+hidden parameters to those that the kernel declares, pointers to scratch memory: a caller passes nulls, since kernels
+that would use them are refused here.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ def compile_one(build: Build) -> tuple[dict, bytes]:
         "sha256": hashlib.sha256(cubin).hexdigest(),
         "bytes": len(cubin),
         "symbol": metadata.name,
+        "target": re.search(r"\.target (\w+)", compiled.asm["ptx"])[1],  # type: ignore[index]
         "constexprs": constexprs,
         "threads": 32 * tile.num_warps,
         "shared_memory": metadata.shared,

@@ -170,6 +170,7 @@ def test_a_call_that_no_graph_captures_has_eager_times_only():
     table = measure(TOY[:1], (OnCpu,), device, Settings(rounds=1))
     assert set(table.rows[0].seconds) == set(MODES[:2])
     assert table.rows[0].notes == ["no CUDA graph: operation not permitted when stream is capturing"]
+    assert report.text(table).endswith("\n\ngdn2_ops: no CUDA graph: operation not permitted when stream is capturing")
 
 
 def test_a_run_stops_in_time_and_keeps_what_it_has():

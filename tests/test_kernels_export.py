@@ -44,6 +44,7 @@ def test_the_manifest_says_what_a_launcher_needs(folder):
     for entry in manifest["kernels"]:
         assert (entry["kernel"], entry["symbol"], entry["dtype"]) == ("step", "step_kernel", "bf16")
         assert (entry["K"], entry["V"], entry["arch"]) == (64, 128, 90)
+        assert entry["target"] == "sm_90a"
         tile = tiles.tile("step", "bf16", 64, 128, 90)
         assert entry["threads"] == 32 * tile.num_warps
         assert entry["constexprs"] == {"K": 64, "V": 128, **entry["options"], **tile.constexprs}

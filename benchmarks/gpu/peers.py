@@ -23,7 +23,6 @@ class Contender:
 
     name = ""
     ops: tuple[str, ...] = ()
-    graph = True  # whether a CUDA graph of the call is timed too
 
     @staticmethod
     def missing() -> str | None:
@@ -31,10 +30,6 @@ class Contender:
 
     def prepare(self, problem: Problem, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
         raise NotImplementedError
-
-    def state(self, x: Inputs) -> Tensor:
-        """The state that the last call left, where it is not among the outputs."""
-        return x.state
 
 
 class Ours(Contender):

@@ -22,7 +22,8 @@ def text(table: Table) -> str:
         lines = [_line(table, row) for row in table.rows if row.problem == problem]
         limit = floor(table, problem)
         title = f"**{problem}**" + (f", floor {_time(limit)}" if limit else "")
-        parts.append(f"{title}\n\n{_markdown(COLUMNS, lines)}")
+        notes = [f"{row.contender}: {note}" for row in table.rows if row.problem == problem for note in row.notes]
+        parts += [title, _markdown(COLUMNS, lines), *notes]
     return "\n\n".join(parts)
 
 

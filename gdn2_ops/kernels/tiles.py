@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 HEAD_SIZES = (32, 64, 128, 256)  # a kernel is compiled for these; sizes between them are masked
-ARCHS = (80, 90, 100, 120)  # compute capabilities a cubin is built for; 80 serves 86 and 89
+ARCHS = (80, 90, 100, 120)  # compute capabilities that have rows; the rows of 80 serve 86 and 89, of 100 103
 ANY_ARCH = ARCHS
 HALF = ("bf16", "fp16")
 ANY_DTYPE = ("fp32", *HALF)  # of q; decays are float32 always
