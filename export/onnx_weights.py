@@ -23,9 +23,12 @@ def transpose_weights(graph: ir.Graph) -> None:
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         tensor = weight.const_value if weight is not None and weight.is_initializer() else None
-        if weight is None or tensor is None or len(tensor.shape) != 2 or len(weight.uses()) != 1:
+        if weight is None or tensor is None or len(tensor.shape) != 2:
             continue
-        if list(node.attributes["perm"].as_ints()) != [1, 0] or node.outputs[0].is_graph_output():
+        perm = node.attributes.get("perm")  # of a matrix only [0, 1] leaves it as it is
+        if perm is not None and list(perm.as_ints()) == [0, 1]:
+            continue
+        if len(weight.uses()) != 1 or weight.is_graph_output() or node.outputs[0].is_graph_output():
             continue
         rows, columns = tensor.shape.numpy()
         transposed = ir.LazyTensor(

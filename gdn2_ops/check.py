@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from gdn2_ops import corpus
 from gdn2_ops.backends import TorchBackend
 from gdn2_ops.export.onnx_bodies import float64_body, function_body, with_body
+from gdn2_ops.export.onnx_schema import OPSET
 from gdn2_ops.export.program import flatten_language_model
 from gdn2_ops.model import GDN2LM
 from gdn2_ops.runtime import tensorrt_rtx
@@ -87,7 +88,7 @@ def run(file: Path, *, model_folder: Path | None = None, bodies: Sequence[str] =
     """
     model = _load(file)
     precision = _precision(model)
-    opset = next(x.version for x in model.opset_import if x.domain in ("", "ai.onnx"))
+    opset = next((x.version for x in model.opset_import if x.domain in ("", "ai.onnx")), OPSET)
     truth = OnnxReference(with_body(model, float64_body(opset)))
     eager = None if model_folder is None else GDN2LM.from_pretrained(model_folder)
     print(f"{file}: {precision}, {sum(_is_ours(node) for node in model.graph.node)} gdn2::GatedDeltaNet2 nodes")
@@ -185,7 +186,11 @@ def _check_text(truth: Runner, eager: GDN2LM | None, opened: dict[str, Runner], 
         if group:
             logits = some_logits(first, task)
             rows = [measure(first_name, first, task, None)]
-            rows += [measure(name, x, task, logits) for name, x in group.items()]
+            for name, x in group.items():
+                try:
+                    rows.append(measure(name, x, task, logits))
+                except Exception as failure:  # each runtime has errors of its own
+                    wrong.append(f"{name}: {_first_line(failure)}")
             print(f"\ntext: {len(task.text):,} bytes of held-out modules, {task.count} bytes generated")
             print(table(rows))
             wrong += disagreements(rows, tolerance)
@@ -214,7 +219,10 @@ def hard_row(name: str, runner: Runner, feeds: Sequence[Feed], exact: Iterable[l
     worst, at = -1.0, ""
     for feed, want in zip(feeds, exact, strict=True):
         began = time.perf_counter()
-        got = runner.run(feed.inputs)
+        try:
+            got = runner.run(feed.inputs)
+        except Exception as failure:  # each runtime has errors of its own
+            return HardRow(name, np.inf, f"{feed.name}: {_first_line(failure)}", np.nan)
         seconds = time.perf_counter() - began
         error = max(_error(y, z) for y, z in zip(got, want, strict=True))
         if not error <= worst:

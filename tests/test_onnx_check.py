@@ -97,16 +97,22 @@ def test_rows_of_a_table_are_within_it(tiny):
     assert any(f.tokens > 1 and (f.inputs["input_ids"] == f.inputs["input_ids"][:, :1]).all() for f in feeds)
 
 
-def test_no_number_is_a_disagreement():
+def test_no_number_and_no_result_are_disagreements():
     class Broken:
         inputs = outputs = ()
 
         def run(self, feed):
             return [np.full(3, np.nan, np.float32)]
 
+    class Failing(Broken):
+        def run(self, feed):
+            raise RuntimeError("no memory\nat all")
+
     model = one_node("scan", H=1, HV=1, K=4, V=4)
     feeds = list(hard_feeds(model, OnnxReference(model).inputs))[:2]
     assert check.hard_row("broken", Broken(), feeds, [[np.ones(3)]] * 2).worst == np.inf
+    failed = check.hard_row("failing", Failing(), feeds, [[np.ones(3)]] * 2)
+    assert failed.worst == np.inf and failed.at.endswith("weak decay, uniform erase, random keys: no memory")
 
 
 def test_what_cannot_be_checked_exits_with_2(tmp_path, capsys):
