@@ -123,17 +123,21 @@ def recur_kernel(
             tl.store(final_state_ptr + at_state + at_KV, state_KV, mask=live_KV)
 
 
-RECUR = Kernel(
-    name="recur",
-    function=recur_kernel,
-    types=dict.fromkeys(("y", "qd", "kt"), "*q")
-    | {"a": "*fp32", "aqk": "*q", "decay": "*fp32", "v": "*q", "w": "*q", "state": "*fp32", "cu_seqlens": "*i64"}
-    | dict.fromkeys(("T", "H", "HV", "segments", "length", "key_size", "value_size"), "i32")
-    | {"o": "*q", "final_state": "*fp32", "states": "*q", "r": "*q"},
-    options={"STATE": (0, 1), "PACKED": (0, 1), "BACKWARD": (0, 1), "MASKED": (0, 1)},
-    grid="(N * segments * HV * V / BV, 1, 1)",
-)
-KERNELS = (PREPARE, RECUR, SUMMARISE, CHAIN)
+def _described(name: str, masked: int) -> Kernel:
+    types = dict.fromkeys(("y", "qd", "kt"), "*q") | {"a": "*fp32", "aqk": "*q", "decay": "*fp32"}
+    types |= {"v": "*q", "w": "*q", "state": "*fp32", "cu_seqlens": "*i64"}
+    types |= dict.fromkeys(("T", "H", "HV", "segments", "length", "key_size", "value_size"), "i32")
+    return Kernel(
+        name=name,
+        function=recur_kernel,
+        types=types | {"o": "*q", "final_state": "*fp32", "states": "*q", "r": "*q"},
+        options={"STATE": (0, 1), "PACKED": (0, 1), "BACKWARD": (0, 1), "MASKED": (masked,)},
+        grid="(N * segments * HV * V / BV, 1, 1)",
+    )
+
+
+RECUR = (_described("recur", 0), _described("recur_masked", 1))  # by MASKED: other tiles
+KERNELS = (PREPARE, *RECUR, SUMMARISE, CHAIN)
 
 
 def chunk(
@@ -189,7 +193,8 @@ def _launch_recur(
     length = triton.cdiv(chunks, segments)
     if segments > 1:
         state = starts(prepared, v, w, state, cu_seqlens, segments, length, key_size)
-    RECUR.launch(
+    masked = is_masked(key_size, V)
+    RECUR[masked].launch(
         lambda c: (N * segments * HV * (c["V"] // c["BV"]),),
         v.device,
         v.dtype,
@@ -199,5 +204,5 @@ def _launch_recur(
         STATE=int(state is not None),
         PACKED=int(cu_seqlens is not None),
         BACKWARD=int(outputs[0] is None),
-        MASKED=is_masked(key_size, V),
+        MASKED=masked,
     )

@@ -2,13 +2,13 @@
 
 A chunk's state is linear in the one before it, S' = (Diag(decay) - Kt^T Y) S + Kt^T A Z, and so is a segment's:
 
-    S_end = M S_begin + N        M: the walk from the identity with Z = 0        N: the walk from no state
+    S_end = M S_begin + F        M: the walk from the identity with Z = 0        F: the walk from no state
 
-`summarise`: one program per (sequence, segment, BV columns of N for each value head, then of M for each key head),
+`summarise`: one program per (sequence, segment, BV columns of F for each value head, then of M for each key head),
              serial over the chunks of its segment. Segments that nothing follows are left out.
 `chain`:     one program per (sequence, value head, BV value channels), serial over segments: the state before each.
 `recur` then starts every segment from its own state. Letters and the workspace: chunk_forward.py; tiles.segments says
-when. float32 throughout:  m [N, segments, H, key_size, key_size]    n, starts [N, segments, HV, key_size, value_size]
+when. float32 throughout:  m [N, segments, H, key_size, key_size]    f, starts [N, segments, HV, key_size, value_size]
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def summarise_kernel(
     value_size,
     # outputs
     m_ptr,
-    n_ptr,
+    f_ptr,
     # constexprs
     K: tl.constexpr,
     V: tl.constexpr,
@@ -60,18 +60,18 @@ def summarise_kernel(
         return
     keys, values = key_size if MASKED else K, value_size if MASKED else V
 
-    is_n = i_tile < of_values
-    i_hv = tl.where(is_n, i_tile // (V // BV), 0)
-    i_h = tl.where(is_n, i_hv // (HV // H), (i_tile - of_values) // (K // BV))
-    columns = tl.where(is_n, values, keys)
-    i_column = tl.where(is_n, i_tile % (V // BV), (i_tile - of_values) % (K // BV)) * BV + tl.arange(0, BV)
+    is_f = i_tile < of_values
+    i_hv = tl.where(is_f, i_tile // (V // BV), 0)
+    i_h = tl.where(is_f, i_hv // (HV // H), (i_tile - of_values) // (K // BV))
+    columns = tl.where(is_f, values, keys)
+    i_column = tl.where(is_f, i_tile % (V // BV), (i_tile - of_values) % (K // BV)) * BV + tl.arange(0, BV)
     i_C, i_K = tl.arange(0, C), tl.arange(0, K)
     state_KV = tl.where((i_K[:, None] == i_column[None, :]) & (i_tile >= of_values), 1.0, 0.0)
     for i_c in tl.range(begin, begin + length):
         at_slot = (first_slot + i_c).to(tl.int64) * H + i_h
         at_token = ((first + i_c * C) * HV + i_hv) * values
         at_CV = i_C[:, None] * (HV * values) + i_column[None, :]
-        live_CV = (i_c * C + i_C < tokens)[:, None] & (i_column < values)[None, :] & is_n
+        live_CV = (i_c * C + i_C < tokens)[:, None] & (i_column < values)[None, :] & is_f
         z_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         z_CV *= tl.load(v_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         r_CV = writes(a_ptr, y_ptr, at_slot, z_CV, state_KV.to(y_ptr.dtype.element_ty), C, K)
@@ -80,7 +80,7 @@ def summarise_kernel(
     live_KV = (i_K < keys)[:, None] & (i_column < columns)[None, :]
     at_KV = i_K[:, None] * columns + i_column[None, :]
     run = i_run.to(tl.int64)
-    tl.store(n_ptr + (run * HV + i_hv) * keys * values + at_KV, state_KV, mask=live_KV & is_n)
+    tl.store(f_ptr + (run * HV + i_hv) * keys * values + at_KV, state_KV, mask=live_KV & is_f)
     tl.store(m_ptr + (run * H + i_h) * keys * keys + at_KV, state_KV, mask=live_KV & (i_tile >= of_values))
 
 
@@ -88,7 +88,7 @@ def summarise_kernel(
 def chain_kernel(
     # inputs
     m_ptr,
-    n_ptr,
+    f_ptr,
     state_ptr,
     cu_seqlens_ptr,
     # sizes
@@ -132,7 +132,7 @@ def chain_kernel(
         tl.store(starts_ptr + at_start + at_KV, state_KV, mask=live_KV)
         if i_segment + 1 < used:
             tl.debug_barrier()  # the state comes back in slices that other threads wrote
-            state_KV = tl.load(n_ptr + at_start + at_KV, mask=live_KV, other=0.0)
+            state_KV = tl.load(f_ptr + at_start + at_KV, mask=live_KV, other=0.0)
             for i_slice in tl.range(0, K // BK):
                 i_BK = i_slice * BK + tl.arange(0, BK)
                 at_m = (run * H + i_hv // (HV // H)) * keys * keys
@@ -150,14 +150,14 @@ SUMMARISE = Kernel(
     function=summarise_kernel,
     types={"y": "*q", "kt": "*q", "a": "*fp32", "decay": "*fp32", "v": "*q", "w": "*q", "cu_seqlens": "*i64"}
     | _SIZES
-    | {"m": "*fp32", "n": "*fp32"},
+    | {"m": "*fp32", "f": "*fp32"},
     options={"PACKED": (0, 1), "MASKED": (0, 1)},
     grid="(N * segments * (HV * V / BV + H * K / BV), 1, 1)",
 )
 CHAIN = Kernel(
     name="chain",
     function=chain_kernel,
-    types={"m": "*fp32", "n": "*fp32", "state": "*fp32", "cu_seqlens": "*i64"} | _SIZES | {"starts": "*fp32"},
+    types={"m": "*fp32", "f": "*fp32", "state": "*fp32", "cu_seqlens": "*i64"} | _SIZES | {"starts": "*fp32"},
     options={"STATE": (0, 1), "PACKED": (0, 1), "MASKED": (0, 1), "EXACT": (0, 1)},
     grid="(N * HV * V / BV, 1, 1)",
 )
@@ -176,7 +176,7 @@ def starts(
     """The state before each segment of `length` chunks: [N, segments, HV, key_size, V]. v, w, state are contiguous."""
     (B, T, HV, V), H = v.shape, prepared.y.shape[1]
     N, new = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, prepared.decay.new_empty
-    m, n = new(N, segments, H, key_size, key_size), new(N, segments, HV, key_size, V)
+    m, f = new(N, segments, H, key_size, key_size), new(N, segments, HV, key_size, V)
     sizes, packed, masked = (
         (T, H, HV, segments, length, key_size, V),
         int(cu_seqlens is not None),
@@ -188,18 +188,18 @@ def starts(
         v.dtype,
         key_size,
         V,
-        *(prepared.y, prepared.kt, prepared.a, prepared.decay, v, w, cu_seqlens, *sizes, m, n),
+        *(prepared.y, prepared.kt, prepared.a, prepared.decay, v, w, cu_seqlens, *sizes, m, f),
         PACKED=packed,
         MASKED=masked,
     )
-    out = torch.empty_like(n)
+    out = torch.empty_like(f)
     CHAIN.launch(
         lambda c: (N * HV * (c["V"] // c["BV"]),),
         v.device,
         v.dtype,
         key_size,
         V,
-        *(m, n, state, cu_seqlens, *sizes, out),
+        *(m, f, state, cu_seqlens, *sizes, out),
         STATE=int(state is not None),
         PACKED=packed,
         MASKED=masked,

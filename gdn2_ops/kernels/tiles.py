@@ -81,6 +81,16 @@ ROWS = (
         )
         for V in HEAD_SIZES
     ),
+    # recur_masked: each number of a value, output or state has an address and a predicate of its own.
+    *(
+        _Row("recur_masked", ANY_DTYPE, KS, HEAD_SIZES, archs, Tile({"C": 64, "BV": 16}, num_warps, num_stages))
+        for KS, archs, num_warps, num_stages in (
+            ((32, 64, 128), (90,), 4, 2),
+            ((256,), (90,), 8, 1),
+            ((32, 64, 128), (80, 100, 120), 4, 1),
+            ((256,), (80, 100, 120), 8, 1),
+        )
+    ),
     # summarise: as recur, without outputs. chain: M in slices of BK columns.
     _Row("summarise", ANY_DTYPE, (32, 64, 128), HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
     _Row("summarise", ANY_DTYPE, (256,), HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=8)),
