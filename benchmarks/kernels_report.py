@@ -46,7 +46,7 @@ def between_markers(document: str, new: str) -> str:
 
 
 def _bytes(counted: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
-    units = {"forward": "token and head", "forward and backward": "token and head"}
+    units = {"forward": "token and head", "backward": "token and head", "forward and backward": "token and head"}
     rows = []
     for who, problems in counted.items():
         for what, kernels in problems.items():

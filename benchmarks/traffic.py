@@ -114,10 +114,13 @@ def for_a_step(call: Callable) -> dict[str, dict[str, float]]:
 
 def ours() -> dict[str, dict]:
     """what -> kernel -> bytes."""
-    from gdn2_ops.kernels import chunk_forward, step
+    from gdn2_ops.kernels import chunk_backward, chunk_forward, step
 
     return {
         "forward": for_a_token(lambda *x: chunk_forward.chunk(*x, None, 1.0)),
+        "backward": for_a_token(
+            lambda *x: chunk_backward.chunk_backward(torch.ones_like(x[2]), torch.ones_like(x[6]), *x, None, 1.0)
+        ),
         "step": for_a_step(lambda *x: step.step_inplace(*x, None, 1.0)),
         "step, bf16 state": for_a_step(lambda *x: step.step_inplace(*x[:6], x[6].bfloat16(), None, 1.0)),
     }

@@ -15,6 +15,13 @@ def _chunk(q, k, v, g, b, w, state, cu_seqlens, scale):
     return chunk_forward.chunk(q, k, v, g, b, w, state, cu_seqlens, scale)
 
 
+def _chunk_backward(do, dfinal_state, q, k, v, g, b, w, state, cu_seqlens, scale):
+    from gdn2_ops.kernels import chunk_backward
+
+    contract.check_chunk_backward(do, dfinal_state, q, k, v, g, b, w, state, cu_seqlens)
+    return chunk_backward.chunk_backward(do, dfinal_state, q, k, v, g, b, w, state, cu_seqlens, scale)
+
+
 def _step(q, k, v, g, b, w, state, scale):
     from gdn2_ops.kernels import step
 
@@ -31,19 +38,9 @@ def _step_inplace(q, k, v, g, b, w, state, slots, scale):
     return step.step_inplace(q, k, v, g, b, w, state, slots, scale)
 
 
-def _no_kernel(op: str):
-    def refuse(*args, **kwargs):
-        raise NotImplementedError(
-            f"gdn2::{op}: expected tensors on cpu, got cuda, for which there is no kernel yet; "
-            "gdn2_ops.reference runs on any device"
-        )
-
-    return refuse
-
-
 CUDA = {
     "chunk": _chunk,
-    "chunk_backward": _no_kernel("chunk_backward"),
+    "chunk_backward": _chunk_backward,
     "step": _step,
     "step_inplace": _step_inplace,
 }

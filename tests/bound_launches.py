@@ -38,7 +38,7 @@ def main() -> None:
     JITFunction.__getitem__ = lambda self, grid: lambda *x, **options: self.warmup(*x, grid=grid, **options)
     kernel.arch = lambda device: 90
     for size in (64, 50):
-        kernels.warm_up("cpu", torch.bfloat16, size, size)
+        kernels.warm_up("cpu", torch.bfloat16, size, size, ("chunk", "backward", "step"))
         state, H = torch.zeros(1, 2, size, size), 2
         wide = [torch.zeros(1, H * size, dtype=torch.bfloat16) for _ in range(4)]
         token = step_layer.LayerToken(torch.zeros(1, 3 * H * size, dtype=torch.bfloat16), *wide)

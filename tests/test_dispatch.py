@@ -28,6 +28,16 @@ def test_chunk(case):
     torch.testing.assert_close(got, tuple(gdn2_ops.chunk(*x, cu_seqlens=bounds(case), scale=0.5)))
 
 
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 4, 6)])
+def test_chunk_backward(cu_seqlens):
+    x = inputs(Case("dispatched", 6, HV=4, cu_seqlens=cu_seqlens, state=cu_seqlens is None), torch.float32)
+    options = None if cu_seqlens is None else torch.tensor(cu_seqlens), 0.5
+    got = dispatch.CUDA["chunk_backward"](torch.ones_like(x.v), None, *x, *options)
+    torch.testing.assert_close(got, torch.ops.gdn2.chunk_backward(torch.ones_like(x.v), None, *x, *options))
+    with pytest.raises(ValueError, match="gdn2::chunk_backward: expected do of shape"):
+        dispatch.CUDA["chunk_backward"](x.v[:, 1:], None, *x, *options)
+
+
 @pytest.mark.parametrize("slots", [None, [2, 0]])
 def test_step(slots):
     x = inputs(Case("dispatched", 1, B=2), torch.float32)

@@ -154,7 +154,7 @@ def test_warm_up_launches_what_a_model_needs(size, monkeypatch):
 
 
 def test_another_part_is_refused():
-    with pytest.raises(ValueError, match=r"expected parts among \('chunk', 'step'\), got \('train',\)"):
+    with pytest.raises(ValueError, match=r"expected parts among \('chunk', 'step', 'backward'\), got \('train',\)"):
         kernels.warm_up("cpu", torch.float16, 64, 64, ("train",))
 
 

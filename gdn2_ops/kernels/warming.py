@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gdn2_ops.kernels import chunk_forward, step
+from gdn2_ops.kernels import chunk_backward, chunk_forward, step
 
 
 def warm_up(
@@ -17,11 +17,12 @@ def warm_up(
     whose memory starts at no multiple of 16 bytes do: Triton compiles narrower loads for them.
 
     Args:
-        dtype: of q. K, V: channels of a key and of a value head. parts: chunk (prefill), step (decoding).
+        dtype: of q. K, V: channels of a key and of a value head. parts: chunk (prefill), step (decoding), backward
+            (the gradients of chunk).
 
     Raises: ValueError: another part.
     """
-    known = {"chunk": _chunk, "step": _step}
+    known = {"chunk": _chunk, "step": _step, "backward": _backward}
     if set(parts) - set(known):
         raise ValueError(f"gdn2_ops.kernels.warm_up: expected parts among {tuple(known)}, got {parts}")
     for part in parts:
@@ -42,3 +43,12 @@ def _chunk(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
     for before in (None, state):
         for packed in (None, bounds, bounds.int()):
             chunk_forward.chunk(q, k, v, g, b, w, before, packed, 1.0)
+
+
+def _backward(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
+    q, k, v, g, b, w = (x[:, None] for x in token)
+    bounds = torch.tensor((0, 1), device=state.device)
+    for dstate in (None, state):
+        for packed in (None, bounds, bounds.int()):
+            for before in (None, state):
+                chunk_backward.chunk_backward(v, dstate, q, k, v, g, b, w, before, packed, 1.0)

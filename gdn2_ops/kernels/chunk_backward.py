@@ -1,0 +1,193 @@
+"""The gradients of whole sequences: four kernels, nothing kept from the forward pass but its inputs.
+
+`prepare`, `recur` (chunk_forward.py) again, with BACKWARD: the operands of every chunk, S before it, and R. Then with
+dS the gradient of the state after the chunk, equations (9) and (10) of docs/derivation.md in those operands:
+
+    dR = Aqk^T dO + Kt dS        dX = A^T dR        dv = w*dX        dw = v*dX
+    dS before the chunk = Diag(decay) dS + Qd^T dO - Y^T dR                      (E^T dX = E^T A^T dR = Y^T dR)
+
+`recur_back`: one program per (sequence, value head, BV value channels), from the last chunk to the first, dS in
+              registers. Writes dS after each chunk, dX, dv, dw and the gradient of the initial state.
+`gradients` (gradients.py): one program per (slot, key head), in parallel over all chunks: the rest of (9) and (10), and
+              (11)-(13). It adds over the value heads of the group itself: no atomics, the same bits every time.
+
+Letters and slots as in chunk_forward.py. Between the two: dstates like states [slots, HV, key_size, value_size] and dx
+like r [B, T, HV, V], in q's dtype, rounded like every operand of a tensor core: float16 overflows where dS does.
+
+Memory. At most, over inputs and gradients: two states of a chunk, R and dX, that is 2 e V (K / C + 1) bytes for a token
+and value head, e bytes a number: 1,536 for bfloat16 and heads of 128, whose gradients are 1,792 and one state of a
+chunk 512. The workspace of `prepare` is freed before dq, dk, dg and db are made, which are larger.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn2_ops.kernels.chunk_forward import bounds, recur_for_backward
+from gdn2_ops.kernels.gradients import GRADIENTS
+from gdn2_ops.kernels.kernel import Kernel, is_masked
+from gdn2_ops.kernels.prepare import prepare, product
+
+
+@triton.jit(do_not_specialize=["T", "H", "HV", "key_size", "value_size"])
+def recur_back_kernel(
+    # inputs
+    y_ptr,
+    qd_ptr,
+    kt_ptr,
+    a_ptr,
+    aqk_ptr,
+    decay_ptr,
+    v_ptr,
+    w_ptr,
+    do_ptr,
+    dfinal_state_ptr,
+    cu_seqlens_ptr,
+    # sizes
+    T,
+    H,
+    HV,
+    key_size,
+    value_size,
+    # outputs
+    dx_ptr,
+    dv_ptr,
+    dw_ptr,
+    dstates_ptr,
+    dstate_ptr,
+    # constexprs
+    K: tl.constexpr,
+    V: tl.constexpr,
+    STATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    MASKED: tl.constexpr,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+):
+    operand: tl.constexpr = y_ptr.dtype.element_ty
+    PRECISION: tl.constexpr = "ieee" if operand == tl.float32 else "tf32"
+    i_v = tl.program_id(0) % (V // BV)
+    i_hv = tl.program_id(0) // (V // BV) % HV
+    i_n = tl.program_id(0) // (V // BV * HV)
+    first, tokens, first_slot = bounds(cu_seqlens_ptr, i_n, T, C, PACKED)
+    chunks = tl.cdiv(tokens, C)
+    keys, values = key_size if MASKED else K, value_size if MASKED else V
+
+    i_C, i_K, i_V = tl.arange(0, C), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
+    live_KV = (i_K < keys)[:, None] & (i_V < values)[None, :]
+    at_KV = i_K[:, None] * values + i_V[None, :]
+    at_state = (i_n.to(tl.int64) * HV + i_hv) * keys * values
+    if STATE:
+        dstate_KV = tl.load(dfinal_state_ptr + at_state + at_KV, mask=live_KV, other=0.0)
+    else:
+        dstate_KV = tl.zeros([K, BV], tl.float32)
+
+    at_work_CK = i_C[:, None] * K + i_K[None, :]
+    at_work_CC = i_C[:, None] * C + i_C[None, :]
+    for done in tl.range(0, chunks):
+        i_c = chunks - 1 - done
+        slot = (first_slot + i_c).to(tl.int64)
+        at_slot = slot * H + i_hv // (HV // H)
+        row = i_c * C
+        at_token = ((first + row) * HV + i_hv) * values
+        at_CV = i_C[:, None] * (HV * values) + i_V[None, :]
+        live_CV = (row + i_C < tokens)[:, None] & (i_V < values)[None, :]
+        operand_KV = dstate_KV.to(operand)
+        tl.store(dstates_ptr + (slot * HV + i_hv) * keys * values + at_KV, operand_KV, mask=live_KV)
+        do_CV = tl.load(do_ptr + at_token + at_CV, mask=live_CV, other=0.0)
+        aqk_CC = tl.load(aqk_ptr + at_slot * C * C + at_work_CC)
+        dr_CV = tl.dot(tl.trans(aqk_CC), do_CV, input_precision=PRECISION)
+        kt_CK = tl.load(kt_ptr + at_slot * C * K + at_work_CK)
+        dr_CV = tl.dot(kt_CK, operand_KV, dr_CV, input_precision=PRECISION)
+        a_CC = tl.load(a_ptr + at_slot * C * C + at_work_CC)
+        dx_CV = product(tl.trans(a_CC), dr_CV, tl.zeros([C, BV], tl.float32), operand)
+        tl.store(dx_ptr + at_token + at_CV, dx_CV.to(operand), mask=live_CV)
+        w_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
+        tl.store(dv_ptr + at_token + at_CV, (dx_CV * w_CV).to(operand), mask=live_CV)
+        v_CV = tl.load(v_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
+        tl.store(dw_ptr + at_token + at_CV, (dx_CV * v_CV).to(operand), mask=live_CV)
+
+        dstate_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
+        qd_CK = tl.load(qd_ptr + at_slot * C * K + at_work_CK)
+        dstate_KV = tl.dot(tl.trans(qd_CK), do_CV, dstate_KV, input_precision=PRECISION)
+        y_CK = tl.load(y_ptr + at_slot * C * K + at_work_CK)
+        dstate_KV = tl.dot(tl.trans(y_CK), -dr_CV.to(operand), dstate_KV, input_precision=PRECISION)
+    tl.store(dstate_ptr + at_state + at_KV, dstate_KV, mask=live_KV)
+
+
+RECUR_BACK = Kernel(
+    name="recur_back",
+    function=recur_back_kernel,
+    types=dict.fromkeys(("y", "qd", "kt"), "*q")
+    | {
+        "a": "*fp32",
+        "aqk": "*q",
+        "decay": "*fp32",
+        "v": "*q",
+        "w": "*q",
+        "do": "*q",
+        "dfinal_state": "*fp32",
+        "cu_seqlens": "*i64",
+    }
+    | dict.fromkeys(("T", "H", "HV", "key_size", "value_size"), "i32")
+    | dict.fromkeys(("dx", "dv", "dw", "dstates"), "*q")
+    | {"dstate": "*fp32"},
+    options={"STATE": (0, 1), "PACKED": (0, 1), "MASKED": (0, 1)},
+    grid="(N * HV * V / BV, 1, 1)",
+)
+KERNELS = (GRADIENTS, RECUR_BACK)
+
+
+def chunk_backward(
+    do: Tensor,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`torch.ops.gdn2.chunk_backward` on a GPU. The values of cu_seqlens stay on the device and are not read here."""
+    (B, T, H, key_size), (HV, value_size) = q.shape, v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    do, q, k, v, g, b, w = (x.contiguous() for x in (do, q, k, v, g, b, w))
+    dfinal_state, cu_seqlens = (None if x is None else x.contiguous() for x in (dfinal_state, cu_seqlens))
+    prepared = prepare(q, k, g, b, cu_seqlens, scale)
+    states, r = recur_for_backward(prepared, v, w, state, cu_seqlens, key_size)
+    dx, dv, dw, dstates = (torch.empty_like(x) for x in (v, v, w, states))
+    dstate = g.new_empty(N, HV, key_size, value_size)
+    packed, masked = int(cu_seqlens is not None), is_masked(key_size, value_size)
+    RECUR_BACK.launch(
+        lambda c: (N * HV * (c["V"] // c["BV"]),),
+        v.device,
+        v.dtype,
+        key_size,
+        value_size,
+        *(*prepared, v, w, do, dfinal_state, cu_seqlens, T, H, HV, key_size, value_size),
+        *(dx, dv, dw, dstates, dstate),
+        STATE=int(dfinal_state is not None),
+        PACKED=packed,
+        MASKED=masked,
+    )
+    slots = states.shape[0]
+    del prepared
+    dq, dk, dg, db = (torch.empty_like(x) for x in (q, k, g, b))
+    GRADIENTS.launch(
+        (slots * H,),
+        q.device,
+        q.dtype,
+        key_size,
+        value_size,
+        *(q, k, g, b, do, dx, r, states, dstates, cu_seqlens, T, H, HV, N, key_size, value_size, scale),
+        *(dq, dk, dg, db),
+        PACKED=packed,
+        MASKED=masked,
+    )
+    return dq, dk, dv, dg, db, dw, dstate

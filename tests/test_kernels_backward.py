@@ -1,0 +1,154 @@
+"""The backward kernels in Triton's interpreter (what that means: test_kernels_forward.py), and compiled: no spills."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    FORMS,
+    NAMES,
+    Case,
+    Inputs,
+    assert_as_good_as,
+    bounds,
+    cotangents,
+    gradient_sizes,
+    gradients,
+    inputs,
+)
+from test_kernels_forward import NEUTRAL, every_dtype, poisoned_empty, tokens  # noqa: F401, a fixture
+
+from gdn2_ops import reference
+from gdn2_ops.kernels import chunk_backward
+
+FORGETS = "65 tokens, resets, full erase"  # the initial state: its gradient is 1e-13 times that of the final state
+STATE = NAMES.index("state")
+
+
+def backward(x, do, dstate, cu_seqlens=None):
+    return chunk_backward.chunk_backward(do, dstate, *x, cu_seqlens, x.q.shape[-1] ** -0.5)
+
+
+def sizes(case: Case, x: Inputs, want: list[torch.Tensor]) -> list[float]:
+    """What one rounding of each gradient is measured by."""
+    found = gradient_sizes(want, x)[2:]
+    if case.name == FORGETS:  # a rounding of g = -30 is 30 of what it decays, and the least number of float16 is 6e-8
+        found[STATE] = max(30 * found[STATE], torch.finfo(x.q.dtype).tiny)
+    half = x.q.dtype != torch.float32
+    if case.name == NEUTRAL or (half and case.keys == "equal" and case.erase == "two"):
+        found = [(2 if half else 8) * size for size in found]  # (I + T)^-1 as a factor keeps less than substitution
+    return found
+
+
+def assert_as_good_as_the_specification(got, case: Case, x: Inputs, do, dstate) -> None:
+    options = {"cu_seqlens": bounds(case)}
+    zero = torch.zeros(case.N, case.HV, case.K, case.V) if dstate is None else dstate
+    want = gradients(reference.recurrent, x.double(), do.double(), zero.double(), **options)
+    specifications = [gradients(form, x, do, zero, **options)[2:] for form in FORMS]
+    for name, y, z, size, *same in zip(NAMES, got, want[2:], sizes(case, x, want), *specifications):
+        assert_as_good_as(same, y, z, x.q.dtype, f"d{name}", size)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_gradient_is_the_specification_s(case, dtype):
+    x, (do, dstate) = inputs(case, dtype), cotangents(case, dtype)
+    assert_as_good_as_the_specification(backward(x, do, dstate, bounds(case)), case, x, do, dstate)
+
+
+@pytest.mark.parametrize("K, V", [(1, 1), (31, 33), (64, 32), (100, 130)])
+def test_every_head_size(K, V):
+    """Without a gradient of the final state."""
+    case = Case("head sizes", 20, H=1, HV=1, K=K, V=V)
+    x, (do, _) = inputs(case, torch.float32), cotangents(case, torch.float32)
+    assert_as_good_as_the_specification(backward(x, do, None), case, x, do, None)
+
+
+@every_dtype
+def test_a_sequence_sees_neither_its_batch_nor_its_heads(dtype):
+    """And a second run gives the same bits."""
+    case = Case("batch", 20, B=2, H=2, HV=4)
+    x, (do, dstate) = inputs(case, dtype), cotangents(case, dtype)
+    got = backward(x, do, dstate)
+    others, do_others = Inputs(*(y.clone() for y in x)), do.clone()
+    for y in (*others[:6], do_others):
+        y[0], y[1, :, y.shape[2] // 2 :] = -0.5, -0.25
+    for y, z in zip(backward(others, do_others, dstate), got):
+        heads = slice(0, z.shape[1 if z is got[6] else 2] // 2)
+        at = (1, heads) if z is got[6] else (1, slice(None), heads)
+        assert torch.equal(y[at], z[at]) and not torch.equal(y, z)
+    assert all(torch.equal(y, z) for y, z in zip(backward(x, do, dstate), got))
+
+
+@every_dtype
+def test_packed_sequences_are_separate_ones(dtype):
+    case = Case("packed", 90, cu_seqlens=(0, 0, 65, 80, 80, 90, 90), H=1, HV=1)
+    x, (do, dstate) = inputs(case, dtype), cotangents(case, dtype)
+    *got, got_state = backward(x, do, dstate, bounds(case, torch.int32))
+    for n, (begin, end) in enumerate(zip(case.cu_seqlens, case.cu_seqlens[1:])):
+        alone = backward(tokens(x, begin, end, x.state[n : n + 1]), do[:, begin:end], dstate[n : n + 1])
+        assert all(torch.equal(y[:, begin:end], z) for y, z in zip(got, alone[:6]))
+        assert torch.equal(got_state[n : n + 1], alone[6])
+
+
+def test_the_keys_of_a_group_have_the_sum_of_its_gradients():
+    case = Case("group", 20, H=1, HV=3, K=33, V=40)
+    x, (do, dstate) = inputs(case, torch.float32), cotangents(case, torch.float32)
+    q, k, v, g, b, w, state = x
+    q, k, g, b = (y.repeat_interleave(3, 2) for y in (q, k, g, b))
+    got, repeated = backward(x, do, dstate), backward(Inputs(q, k, v, g, b, w, state), do, dstate)
+    for name, y, z in zip(NAMES, got, repeated):
+        if name in ("v", "w", "state"):
+            assert torch.equal(y, z)
+        else:
+            z = z.unflatten(2, (1, 3)).sum(3)
+            torch.testing.assert_close(y, z, rtol=0, atol=4e-6 * z.abs().max().item())
+
+
+def test_any_strides():
+    case = Case("strides", 18, B=2)
+    x, (do, dstate) = inputs(case, torch.float32), cotangents(case, torch.float32)
+    other = Inputs(*(y.transpose(1, 2).contiguous().transpose(1, 2) for y in x[:6]), x.state.mT.contiguous().mT)
+    assert not other.q.is_contiguous()
+    got = backward(other, do.mT.contiguous().mT, dstate.mT.contiguous().mT)
+    for y, z in zip(got, backward(x, do, dstate)):
+        assert torch.equal(y, z) and y.is_contiguous()
+
+
+@every_dtype
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 5, 70, 70, 90)])
+def test_nothing_is_left_uninitialised(cu_seqlens, dtype, poisoned_empty):  # noqa: F811
+    case = Case("poisoned", 90, cu_seqlens=cu_seqlens, HV=4, K=5, V=3)
+    x, (do, dstate) = inputs(case, dtype), cotangents(case, dtype)
+    assert torch.empty(3).isnan().all()
+    for y in backward(x, do, dstate, bounds(case)):
+        assert y.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """What the compiler made of the kernels for Hopper, heads of 128, bfloat16, in a process of its own."""
+    code = """
+import json
+from benchmarks import codegen
+from gdn2_ops.export.kernels import plan
+builds = plan([90], [(128, 128)], ["bf16"], ["gradients", "recur_back"])
+print(json.dumps([codegen.our_row(build) for build in builds if not dict(build.options)["MASKED"]]))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = partial(subprocess.run, env=environment, capture_output=True, text=True, timeout=300)
+    done = run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_no_kernel_spills(rows):
+    assert [row["kernel"] for row in rows] == ["gradients"] * 2 + ["recur_back"] * 4
+    for row in rows:
+        assert row["stack"] == row["LDL"] == row["STL"] == 0, row
+        assert row["HGMMA"] > 0, row
