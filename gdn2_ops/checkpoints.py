@@ -8,7 +8,8 @@ The parameters of a `GatedDeltaNet2` have the same names in both. Around it the 
     transformer.h.{i}.attn.attn, .attn.proj             where it is attention: q, k and v of each head in turn, output
     transformer.h.{i}.mlp.swiglu.w12, .w3               gate and up, one above the other (or apart: w1, w2), and down
 
-A checkpoint does not say its output gate: the paper's is "silu"; weights of a layer with "sigmoid" are for that.
+A checkpoint does not say its output gate: the paper's is "silu"; weights of a layer with "sigmoid" are for that. The
+layout is read from the published code; no published file was at hand to try it on.
 """
 
 from __future__ import annotations

@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--kernel", action="append", help="a name of the table; again for more (default: all)")
     kernels.add_argument("--jobs", type=int, help="processes (default: one for each core)")
 
+    convert = command("convert", _convert, "write a published checkpoint as a model folder")
+    convert.add_argument("checkpoint", type=Path, help=".safetensors, or what torch.save wrote")
+    convert.add_argument("--config", required=True, help="its sizes: gdn2-1.3b, gdn2-1.3b-hybrid, or a model folder")
+    convert.add_argument("--output-gate", choices=["silu", "sigmoid"], help="of its layers (default: of the config)")
+    convert.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+
     check = command("check", _check, "run an ONNX file in every backend found here: do they agree, how fast are they")
     check.add_argument("file", type=Path, help=".onnx file with gdn2::GatedDeltaNet2 nodes")
     check.add_argument("--model", type=Path, help="model folder it was exported from: PyTorch is compared too")
@@ -138,6 +144,20 @@ def _export_onnx(model, options: argparse.Namespace) -> Path:
         return write(options.output)
     with tempfile.TemporaryDirectory() as folder:
         return quantize_int8(write(Path(folder) / "model.onnx"), options.output)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from gdn2_ops.checkpoints import load_published
+    from gdn2_ops.model import PRESETS, GDN2Config
+
+    config = PRESETS[options.config] if options.config in PRESETS else GDN2Config.load(options.config)
+    if options.output_gate is not None:
+        config = replace(config, output_gate=options.output_gate)
+    load_published(options.checkpoint, config).save_pretrained(options.output)
+    print(f"wrote {options.output}")
+    return 0
 
 
 def _build_kernels(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from test_model import HYBRID, SMALL, tokens
 
+from gdn2_ops import cli
 from gdn2_ops.checkpoints import from_published, load_published, to_published
 from gdn2_ops.model import GDN2LM, GDN2Config
 
@@ -114,3 +115,16 @@ def test_what_is_not_a_checkpoint_of_the_configuration_is_refused(tmp_path):
             load_published(file, config)
     with pytest.raises(FileNotFoundError, match="which is no file"):
         load_published(tmp_path / "nothing.pth", SMALL)
+
+
+def test_the_command_line_writes_a_model_folder(tmp_path, capsys):
+    config = CONFIGS["sigmoid gate"]
+    model = model_of(config)
+    SMALL.save(tmp_path)
+    torch.save(to_published(model.state_dict(), config), tmp_path / "model.pth")
+    file, out = str(tmp_path / "model.pth"), str(tmp_path / "out")
+    assert cli.main(["convert", file, "--config", str(tmp_path), "--output-gate", "sigmoid", "-o", out]) == 0
+    loaded, rows = GDN2LM.from_pretrained(out), tokens(2, 9)
+    assert loaded.config == config and torch.equal(loaded(rows).logits, model(rows).logits)
+    assert cli.main(["convert", file, "--config", "gdn2-1.3b", "-o", out]) == 2
+    assert "do not fit the configuration" in capsys.readouterr().err

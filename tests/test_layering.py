@@ -20,6 +20,7 @@ ABOVE = (
     "decoder",
     "corpus",
     "backends",
+    "checkpoints",
     "export",
     "export.kernels",
     "runtime",

@@ -46,7 +46,8 @@ def context_parallel_chunk(
     Returns: o [B, T, HV, V] of this rank's tokens; state [B, HV, K, V] float32 after them: the last rank's is the state
         after the whole sequence.
     Raises: ValueError, TypeError: as `gdn2_ops.chunk`; the mesh has more than one dimension.
-    Differentiable once; every rank calls backward, if only of a zero. Source: equation (1), docs/derivation.md.
+    Differentiable once; every rank asks for gradients of the same tensors and calls backward, if only of a zero.
+    Source: equation (1), docs/derivation.md.
     """
     rank = _rank(mesh)
     if rank == 0:
