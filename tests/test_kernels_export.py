@@ -149,7 +149,7 @@ def test_warm_up_launches_what_a_model_needs(size, monkeypatch):
         wanted = set(itertools.product(*ways.values()))
         found = [dict(options) for name, *_, options in launched if name == one.name]
         assert all(options["MASKED"] == masked and not options.get("BACKWARD") for options in found)
-        if one.name in ("step", "prepare", ("recur", "recur_masked")[masked]):
+        if one.name in ("step", "prepare", "summarise", ("recur", "recur_masked")[masked]):
             assert {tuple(options[name] for name in ways) for options in found} == wanted
 
 

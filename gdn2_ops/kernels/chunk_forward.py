@@ -20,7 +20,8 @@ Tokens past the end of a sequence are rows of zeros, of A the identity's. q's dt
     y, qd, kt [slots, H, C, K]      a, aqk [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
     BACKWARD:  states [slots, HV, key_size, value_size], q's dtype      r [B, T, HV, V] like v
 
-E is not kept: the one place that wants it, E^T dX in the gradient of S (10), is Y^T dR.
+A token sees the ones before it only, bit for bit, as long as all of its chunk is finite: zeros of A and Aqk times an
+infinity are NaN. E is not kept: the one place that wants it, E^T dX in the gradient of S (10), is Y^T dR.
 """
 
 from __future__ import annotations

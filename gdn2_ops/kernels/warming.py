@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gdn2_ops.kernels import chunk_backward, chunk_forward, step
+from gdn2_ops.kernels import chunk_backward, chunk_forward, segments, step
 
 
 def warm_up(
@@ -43,6 +43,8 @@ def _chunk(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
     for before in (None, state):
         for packed in (None, bounds, bounds.int()):
             chunk_forward.chunk(q, k, v, g, b, w, before, packed, 1.0)
+            prepared = chunk_forward.prepare(q, k, g, b, packed, 1.0)
+            segments.starts(prepared, v, w, before, packed, 1, 1, k.shape[-1])  # of few heads and a long T
 
 
 def _backward(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
