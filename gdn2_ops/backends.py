@@ -1,7 +1,8 @@
-"""A PyTorch model as a backend of `gdn2_ops.runtime.generate`: numpy in, numpy out, eager or compiled."""
+"""A PyTorch model as a backend of `gdn2_ops.runtime.generate`: numpy in, numpy out; eager, compiled, or a package."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,4 +35,35 @@ class TorchBackend:
         if self._compiled:
             torch._dynamo.decorators.mark_unbacked(rows, 1)
         logits, state = self._forward(rows, state)
+        return logits.float().numpy(), state
+
+
+class PackageBackend:
+    """The same from a package of `gdn2_ops.export.aoti`. A single token after a state overwrites that state.
+
+    Args:
+        file: a .pt2 file, compiled for this machine's processor.
+
+    Raises: FileNotFoundError: no such file.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"expected a package, got {str(file)!r}; gdn2 export MODEL --to aoti writes one")
+        from torch._inductor.package import load_package  # here: it loads the compiler, which others do not need
+
+        self._prefill, self._decode = (
+            load_package(str(file), name, run_single_threaded=True) for name in ("prefill", "decode")
+        )
+        states = self._prefill.get_metadata()["states"].split(";")
+        self._states = [(getattr(torch, dtype), [int(n) for n in sizes]) for dtype, _, *sizes in map(str.split, states)]
+
+    @torch.no_grad()
+    def __call__(self, tokens: NDArray[np.int64], state: Any | None) -> tuple[NDArray[np.float32], Any]:
+        rows = torch.from_numpy(np.ascontiguousarray(tokens))
+        if state is not None and rows.shape[1] == 1:
+            return self._decode(rows[:, 0], *state).unsqueeze(1).float().numpy(), state
+        if state is None:
+            state = [torch.zeros(len(rows), *sizes, dtype=dtype) for dtype, sizes in self._states]
+        logits, *state = self._prefill(rows, *state)
         return logits.float().numpy(), state

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", _export, "write a model for another runtime")
     export.add_argument("model", type=Path, help="model folder")
-    export.add_argument("--to", choices=["onnx", "genai"], required=True)
+    export.add_argument("--to", choices=["onnx", "aoti", "genai"], required=True, help="aoti: a .pt2 package")
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write; for genai a folder")
     export.add_argument(
         "--body", default="chunk", help="of the ONNX node: chunk (default), scan, linear_attention or none"
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--body", action="append", default=[], help="compare this body too; may be given again")
 
     generate = command("generate", _generate, "continue a prompt with the most probable bytes")
-    generate.add_argument("model", type=Path, help="model folder or .onnx file")
+    generate.add_argument("model", type=Path, help="model folder, .onnx file or .pt2 package")
     generate.add_argument("--prompt", help="text to continue; without it, standard input")
     generate.add_argument("--count", type=int, default=128, help="bytes to write (default 128)")
     generate.add_argument("--library", action="store_true", help="run an .onnx file with our ONNX Runtime kernels")
@@ -111,7 +111,6 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from gdn2_ops.export import genai
     from gdn2_ops.model import GDN2LM
 
     if options.to != "genai" and (options.library or options.tokenizer):
@@ -122,12 +121,19 @@ def _export(options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"expected an existing folder to write to, got {str(options.output.parent)!r}")
     model = GDN2LM.from_pretrained(options.model)
     if options.to == "genai":
+        from gdn2_ops.export import genai
+
         folder = genai.export(
             model, options.output, body=options.body, library=options.library, tokenizer=options.tokenizer
         )
         print(f"wrote {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
         return 0
-    file = _export_onnx(model, options)
+    if options.to == "aoti":
+        from gdn2_ops.export import aoti
+
+        file = aoti.export(model, options.output)
+    else:
+        file = _export_onnx(model, options)
     print(f"wrote {file} ({file.stat().st_size:,} bytes)")
     return 0
 
@@ -209,9 +215,11 @@ def _backend(model: Path, library: bool):
         return OnnxRuntimeBackend(model, library=library)
     if library:
         raise ValueError(f"expected an .onnx file with --library, got {str(model)!r}; gdn2 export writes one")
-    from gdn2_ops.backends import TorchBackend
+    from gdn2_ops.backends import PackageBackend, TorchBackend
     from gdn2_ops.model import GDN2LM
 
+    if model.suffix == ".pt2":
+        return PackageBackend(model)
     return TorchBackend(GDN2LM.from_pretrained(model))
 
 
