@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv module: install it (Debian: apt-get install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core cmake ninja
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[onnx,genai,triton,transformers,examples,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[onnx,genai,triton,transformers,server,examples,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## one model, one ONNX file: eager, compiled and ONNX Runtime agree on real text, and how fast
@@ -85,6 +85,20 @@ build/peers/ggml/src/libggml-cpu.so: | $(STAMP)
 	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S build/peers/$(LLAMA)/vendor/llama.cpp/ggml -B build/peers/ggml -DCMAKE_BUILD_TYPE=Release -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF > build/peers/ggml.log
 	$(BIN)/cmake --build build/peers/ggml >> build/peers/ggml.log
 
+# The server in its wheel of 2024 needs numpy < 2: an environment of its own, in which the models run.
+SERVE := .venv-serve
+
+serve-env: $(SERVE)/installed  ## Triton Inference Server and what its models need, in .venv-serve
+
+$(SERVE)/installed: constraints-serve.txt
+	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install -q -c constraints-serve.txt numpy onnxruntime
+	$(SERVE)/bin/python -m pip install -q -c constraints-serve.txt --no-deps nvidia-pytriton
+	@touch $@
+
+test-server: $(STAMP) $(SERVE)/installed  ## the real server: the bytes of eager PyTorch, and faults (5 minutes)
+	$(BIN)/python -m pytest -q tests/serving.py tests/serving_faults.py
+
 kernels: $(STAMP)  ## every GPU kernel as cubins in build/kernels, without a GPU (half an hour on 2 cores; ARGS selects)
 	$(BIN)/gdn2 build-kernels -o build/kernels $(ARGS)
 
@@ -116,4 +130,4 @@ gpu-bench: gpu-site  ## this library against fla-core on a GPU, 8 minutes (ARGS=
 	$(ON_GPU) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(SERVE) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -47,8 +47,9 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", _export, "write a model for another runtime")
     export.add_argument("model", type=Path, help="model folder")
-    export.add_argument("--to", choices=["onnx", "aoti", "genai"], required=True, help="aoti: a .pt2 package")
-    export.add_argument("-o", "--output", type=Path, required=True, help="file to write; for genai a folder")
+    targets = ["onnx", "aoti", "genai", "triton-repository"]
+    export.add_argument("--to", choices=targets, required=True, help="aoti: a .pt2 package")
+    export.add_argument("-o", "--output", type=Path, required=True, help="file, or for the last two folder, to write")
     export.add_argument(
         "--body", default="chunk", help="of the ONNX node: chunk (default), scan, linear_attention or none"
     )
@@ -57,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--quantize", choices=["int8"], help="onnx: 8 bits for weights")
     export.add_argument("--library", action="store_true", help="genai: put our ONNX Runtime kernels into the folder")
     export.add_argument("--tokenizer", type=Path, help="genai: folder of the tokenizer (default: tokens are bytes)")
+
+    export.add_argument("--backend", help="triton-repository: python (default), onnxruntime or tensorrt")
+    export.add_argument("--slots", type=int, help="... sequences decoded at a time (default 64)")
+    export.add_argument("--threads", type=int, help="... threads of ONNX Runtime (default: its own choice)")
+    export.add_argument("--server-library", help="... path of our library on the server's machine, '' for none")
 
     kernels = command("build-kernels", _build_kernels, "compile the GPU kernels to cubins and a manifest; needs no GPU")
     kernels.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
@@ -72,10 +78,25 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--output-gate", choices=["silu", "sigmoid"], help="of its layers (default: of the config)")
     convert.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
 
-    check = command("check", _check, "run an ONNX file in every backend found here: do they agree, how fast are they")
-    check.add_argument("file", type=Path, help=".onnx file with gdn2::GatedDeltaNet2 nodes")
+    check = command("check", _check, "run an ONNX file in every backend found here, or look through a model repository")
+    check.add_argument("file", type=Path, help=".onnx file with gdn2::GatedDeltaNet2 nodes, or folder of a repository")
     check.add_argument("--model", type=Path, help="model folder it was exported from: PyTorch is compared too")
     check.add_argument("--body", action="append", default=[], help="compare this body too; may be given again")
+    serve = command("serve", _serve, "serve a model repository on the loopback with Triton Inference Server")
+    serve.add_argument("repository", type=Path, help="folder that gdn2 export --to triton-repository wrote")
+    serve.add_argument("--env", type=Path, default=Path(".venv-serve"), help="of make serve-env (default .venv-serve)")
+    serve.add_argument("--ports", default="8000,8001,8002", help="of HTTP, gRPC and metrics; 0 is any free one")
+    serve.add_argument("--log", type=Path, help="file of the server's output (default: one in the temporary folder)")
+    serve.add_argument("--canary-seconds", type=float, default=10, help="between two canary requests (default 10)")
+
+    client = command("client", _client, "continue a prompt on a server, as a stream, or ask whether it answers")
+    client.add_argument("--prompt", help="text to continue; without it, standard input")
+    client.add_argument("--count", type=int, default=128, help="bytes to write (default 128)")
+    client.add_argument("--seconds", type=float, help="deadline of the generation")
+    client.add_argument("--name", default="gdn2", help="prefix of the models (default gdn2)")
+    client.add_argument("--http", default="127.0.0.1:8000", help="address (default 127.0.0.1:8000)")
+    client.add_argument("--grpc", help="address; then the stream goes over gRPC")
+    client.add_argument("--canary", action="store_true", help="only ask every model for an answer: a liveness probe")
 
     generate = command("generate", _generate, "continue a prompt with the most probable bytes")
     generate.add_argument("model", type=Path, help="model folder, .onnx file or .pt2 package")
@@ -117,6 +138,14 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError(f"expected --library and --tokenizer with --to genai, got --to {options.to}")
     if options.to != "onnx" and (options.dtype or options.quantize or options.opset):
         raise ValueError(f"expected --dtype, --quantize and --opset with --to onnx, got --to {options.to}")
+    of_repositories = (options.backend, options.slots, options.threads, options.server_library)
+    if options.to != "triton-repository" and any(x is not None for x in of_repositories):
+        raise ValueError(
+            "expected --backend, --slots, --threads and --server-library with --to triton-repository, "
+            f"got --to {options.to}"
+        )
+    if options.to == "triton-repository":
+        return _export_repository(options)
     if not options.output.parent.is_dir():
         raise FileNotFoundError(f"expected an existing folder to write to, got {str(options.output.parent)!r}")
     model = GDN2LM.from_pretrained(options.model)
@@ -166,6 +195,20 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export_repository(options: argparse.Namespace) -> int:
+    from gdn2_ops.export.model_repository import Serving, server_flags, write_repository
+    from gdn2_ops.model import GDN2LM
+
+    given = {"slots": options.slots, "threads": options.threads, "library": options.server_library}
+    serving = Serving(**{name: value for name, value in given.items() if value is not None})
+    backend = options.backend or "python"
+    folder = write_repository(
+        GDN2LM.from_pretrained(options.model), options.output, backend, serving, body=options.body
+    )
+    print(f"wrote {folder}; serve it with\n{server_flags(folder, backend)}")
+    return 0
+
+
 def _build_kernels(options: argparse.Namespace) -> int:
     from gdn2_ops.export import kernels
 
@@ -190,6 +233,12 @@ def _head_size(text: str) -> tuple[int, int]:
 
 
 def _check(options: argparse.Namespace) -> int:
+    if options.file.is_dir():
+        from gdn2_ops.export.repository_check import problems
+
+        found = problems(options.file)
+        print("\n".join(found) if found else f"{options.file}: no problems")
+        return 1 if found else 0
     import gdn2_ops.export.onnx  # noqa: F401  its error names the pip command
     from gdn2_ops import check
 
@@ -205,6 +254,52 @@ def _generate(options: argparse.Namespace) -> int:
         sys.stdout.buffer.write(byte)
         sys.stdout.buffer.flush()
     print()
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from gdn2_ops.runtime.server import Server
+
+    ports = [int(port) for port in options.ports.split(",")]
+    if len(ports) != 3:
+        raise ValueError(f"expected three --ports like 8000,8001,8002, got {options.ports!r}")
+    try:
+        server = Server(options.repository, options.env, ports=ports, log=options.log)
+        print(
+            f"ready after {server.ready_seconds:.1f} s: HTTP {server.http}, gRPC {server.grpc}, "
+            f"metrics http://{server.metrics}/metrics, log {server.log}",
+            flush=True,
+        )
+        with server:
+            status = server.watch(options.canary_seconds)
+    except RuntimeError as error:
+        print(f"gdn2: error: {error}", file=sys.stderr)
+        return 1
+    print("drained" if status == 0 else f"the server ended with status {status}; see {server.log}", flush=True)
+    return int(status != 0)
+
+
+def _client(options: argparse.Namespace) -> int:
+    from gdn2_ops.runtime.client import Client, ServerError, generate_by_grpc
+
+    try:
+        client = Client(options.http, name=options.name)
+        if options.canary:
+            print(f"answered: {', '.join(client.canary())}")
+            return 0
+        prompt = sys.stdin.buffer.read() if options.prompt is None else options.prompt.encode()
+        limit = {} if options.seconds is None else {"seconds": options.seconds}
+        if options.grpc is not None:
+            parts = generate_by_grpc(options.grpc, prompt, options.count, name=options.name, **limit)
+        else:
+            parts = client.generate(prompt, options.count, **limit)
+        for part in parts:
+            sys.stdout.buffer.write(part)
+            sys.stdout.buffer.flush()
+        print()
+    except (ServerError, OSError) as error:
+        print(f"gdn2: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

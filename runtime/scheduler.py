@@ -180,10 +180,11 @@ class Scheduler:
                     self._end(generation, None)
 
     def _end(self, generation: Generation, error: Exception | None) -> None:
-        generation.done, generation.error = True, error
         if generation._slot is not None:
             self._pool.close(generation._slot)
             generation._slot = None
+        generation.error = error
+        generation.done = True  # last: another thread may be reading
 
 
 class Part(NamedTuple):
@@ -228,13 +229,12 @@ class Sequences:
             out of range; LookupError: no such sequence; SlotsExhausted; FloatingPointError: numbers ran away. A
             sequence that got a ValueError or SlotsExhausted is as it was before; after any other it has ended.
         """
-        now = self._clock()
-        self._evict(now)
+        self.evict()
         results: list[NDArray[np.float32] | Exception] = [LookupError("not run")] * len(parts)
         slots: dict[int, Slot] = {}
         for i, part in enumerate(parts):
             try:
-                slots[i] = self._slot(part, now)
+                slots[i] = self._slot(part)
             except (ValueError, LookupError, SlotsExhausted) as error:
                 results[i] = error
         read = dict.fromkeys(slots, 0)
@@ -251,7 +251,17 @@ class Sequences:
                 self._pool.close(self._kept.pop(parts[i].key).slot)
         return results
 
-    def _slot(self, part: Part, now: float) -> Slot:
+    def evict(self) -> None:
+        """Takes the slots of sequences that were not used for `idle_seconds`; `advance` does it too."""
+        now = self._clock()
+        while self._kept:
+            key, kept = next(iter(self._kept.items()))
+            if now - kept.used < self._idle:
+                return
+            self._pool.close(self._kept.pop(key).slot)
+            self.counters.evicted += 1
+
+    def _slot(self, part: Part) -> Slot:
         _check_tokens(part.tokens, self._vocab)
         kept = self._kept.get(part.key)
         if kept is None and not part.start:
@@ -263,16 +273,8 @@ class Sequences:
             self._pool.close(self._kept.pop(part.key).slot)
             kept = None
         slot = self._pool.open() if kept is None else self._kept.pop(part.key).slot
-        self._kept[part.key] = _Kept(slot, now)
+        self._kept[part.key] = _Kept(slot, self._clock())
         return slot
-
-    def _evict(self, now: float) -> None:
-        while self._kept:
-            key, kept = next(iter(self._kept.items()))
-            if now - kept.used < self._idle:
-                return
-            self._pool.close(self._kept.pop(key).slot)
-            self.counters.evicted += 1
 
     def _next_group(self, left: dict[int, int]) -> tuple[int, list[int]]:
         """How many tokens next, and of which parts: a chunk of all that have as many; the single tokens last."""
