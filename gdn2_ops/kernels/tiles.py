@@ -96,7 +96,8 @@ ROWS = (
     _Row("summarise", ANY_DTYPE, (256,), HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=8)),
     _Row("chain", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 32, "BV": 16}, num_warps=4)),
     # recur_back: [K, BV] of the gradient of the state in registers.
-    _Row("recur_back", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
+    _Row("recur_back", HALF, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
+    _Row("recur_back", ("fp32",), HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 16}, num_warps=8)),
     # gradients: slices of 16 keys, since with 32 the factors of four products and their gradients spill.
     _Row("gradients", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 16, "BV": 32}, num_warps=8)),
 )
