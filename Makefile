@@ -99,6 +99,22 @@ $(SERVE)/installed: constraints-serve.txt
 test-server: $(STAMP) $(SERVE)/installed  ## the real server: the bytes of eager PyTorch, and faults (5 minutes)
 	$(BIN)/python -m pytest -q tests/serving.py tests/serving_faults.py
 
+# The plugin's test bed is what PyPI has of TensorRT: registries of both versions, TensorRT-RTX's parser and builder.
+# Each wheel has a folder of its own and is loaded in a process of its own.
+TRT := build/tensorrt
+RTX := tensorrt-rtx-cu13
+LEAN := tensorrt-lean-cu13
+test-tensorrt: $(STAMP) $(TRT)/lean-10.15.1.29 $(TRT)/lean-11.4.0.106 $(TRT)/rtx-1.7.1.116  ## the TensorRT plugin without a GPU or an engine: what is proven of it, rung by rung (190 MB of wheels)
+	$(BIN)/python -m pytest -v --no-header -rs tests/trt $(ARGS)
+
+$(TRT)/lean-%: | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --target $@.part $(LEAN)-libs==$* $(LEAN)-bindings==$*
+	mv $@.part $@
+
+$(TRT)/rtx-%: | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target $@.part $(RTX)==$* $(RTX)-libs==$* $(RTX)-bindings==$*
+	mv $@.part $@
+
 kernels: $(STAMP)  ## every GPU kernel as cubins in build/kernels, without a GPU (half an hour on 2 cores; ARGS selects)
 	$(BIN)/gdn2 build-kernels -o build/kernels $(ARGS)
 

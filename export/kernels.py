@@ -3,9 +3,10 @@
 The manifest says all that a launcher in another language needs: for every cubin its file, symbol, target, the types
 of its parameters in order, threads, shared memory, constexprs and the rule of its grid. A target with a letter,
 sm_90a, serves that compute capability alone, one without, sm_80, later ones of the same major version too. Pointers
-are multiples of 16 bytes. MASKED = 0 is for heads of exactly K and V channels, 1 for smaller ones. Triton appends
-hidden parameters to those that the kernel declares, pointers to scratch memory: a caller passes nulls, since kernels
-that would use them are refused here.
+are multiples of 16 bytes. A head is served by the next of `head_sizes`: MASKED = 0 is for heads of exactly K and V
+channels, 1 for smaller ones. `segments` is the table of that name in gdn2_ops/kernels/tiles.py. Triton appends hidden
+parameters to those that the kernel declares, pointers to scratch memory: a caller passes nulls, since kernels that
+would use them are refused here.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ def build_kernels(output: str | Path, builds: list[Build], *, jobs: int | None =
         "triton": _triton_version(),
         "pointer_alignment": 16,
         "hidden_parameters": list(HIDDEN_PARAMETERS),
+        "head_sizes": list(tiles.HEAD_SIZES),
+        "segments": [list(row) for row in tiles.SEGMENTS],
         "kernels": entries,
     }
     path = folder / MANIFEST

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import platform
+import shutil
 import sys
 import tempfile
 from functools import partial
@@ -16,6 +17,7 @@ PARTS = {
     "onnx": ("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
     "genai": ("onnxruntime_genai",),
     "triton": ("triton",),
+    "tensorrt": ("triton", "cmake"),
     "transformers": ("transformers",),
 }
 
@@ -66,11 +68,12 @@ def _parser() -> argparse.ArgumentParser:
 
     kernels = command("build-kernels", _build_kernels, "compile the GPU kernels to cubins and a manifest; needs no GPU")
     kernels.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
-    kernels.add_argument("--arch", type=int, action="append", help="80, 90, 100 or 120; again for more (default: all)")
-    kernels.add_argument("--head-size", action="append", help="128, or 128x256 for K and V; again for more")
-    kernels.add_argument("--dtype", action="append", help="fp32, bf16 or fp16; again for more (default: all)")
     kernels.add_argument("--kernel", action="append", help="a name of the table; again for more (default: all)")
-    kernels.add_argument("--jobs", type=int, help="processes (default: one for each core)")
+    _add_selection(kernels)
+
+    plugin = command("build-plugin", _build_plugin, "compile the TensorRT plugin with its kernels; needs no GPU")
+    plugin.add_argument("-o", "--output", type=Path, help="folder to write (default: the package's own)")
+    _add_selection(plugin)
 
     convert = command("convert", _convert, "write a published checkpoint as a model folder")
     convert.add_argument("checkpoint", type=Path, help=".safetensors, or what torch.save wrote")
@@ -104,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--count", type=int, default=128, help="bytes to write (default 128)")
     generate.add_argument("--library", action="store_true", help="run an .onnx file with our ONNX Runtime kernels")
     return parser
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", type=int, action="append", help="80, 90, 100 or 120; again for more (default: all)")
+    parser.add_argument("--head-size", action="append", help="128, or 128x256 for K and V; again for more")
+    parser.add_argument("--dtype", action="append", help="fp32, bf16 or fp16; again for more (default: all)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one for each core)")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -212,17 +222,36 @@ def _export_repository(options: argparse.Namespace) -> int:
 def _build_kernels(options: argparse.Namespace) -> int:
     from gdn2_ops.export import kernels
 
-    selection = {"archs": options.arch, "dtypes": options.dtype, "kernels": options.kernel}
+    builds = kernels.plan(**_selection(options), **({"kernels": options.kernel} if options.kernel else {}))
+    print(f"wrote {kernels.build_kernels(options.output, builds, jobs=options.jobs, report=_report_cubins)}")
+    return 0
+
+
+def _build_plugin(options: argparse.Namespace) -> int:
+    from gdn2_ops.compiled import library_folder
+    from gdn2_ops.export import cubins, plugin
+
+    builds = cubins.embedded(**_selection(options))
+    if options.output is not None:
+        file = plugin.build(options.output, builds, jobs=options.jobs, report=_report_cubins)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            built = plugin.build(folder, builds, jobs=options.jobs, report=_report_cubins)
+            file = Path(shutil.copy(built, library_folder()))
+    print(f"wrote {file} ({file.stat().st_size:,} bytes)")
+    return 0
+
+
+def _selection(options: argparse.Namespace) -> dict:
+    selection = {"archs": options.arch, "dtypes": options.dtype}
     if options.head_size is not None:
         selection["head_sizes"] = [_head_size(text) for text in options.head_size]
-    builds = kernels.plan(**{name: value for name, value in selection.items() if value is not None})
+    return {name: value for name, value in selection.items() if value is not None}
 
-    def report(done: int, of: int) -> None:
-        if done % 50 == 0 or done == of:
-            print(f"{done} of {of} cubins", flush=True)
 
-    print(f"wrote {kernels.build_kernels(options.output, builds, jobs=options.jobs, report=report)}")
-    return 0
+def _report_cubins(done: int, of: int) -> None:
+    if done % 50 == 0 or done == of:
+        print(f"{done} of {of} cubins", flush=True)
 
 
 def _head_size(text: str) -> tuple[int, int]:

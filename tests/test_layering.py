@@ -23,6 +23,8 @@ ABOVE = (
     "checkpoints",
     "export",
     "export.kernels",
+    "export.cubins",
+    "export.plugin",
     "runtime",
     "check",
     "demo",
@@ -54,10 +56,12 @@ ARROWS = {
     "backends": ("model",),
     "export": ("export", "custom_ops", "compiled"),
     "export.kernels": ("kernels",),  # the kernels themselves are what it writes
+    "export.cubins": ("kernels", "export.kernels"),
+    "export.plugin": ("export.kernels", "export.cubins"),
     "runtime": ("runtime", "compiled"),
     "check": ("corpus", "backends", "model", "export", "runtime"),
     "demo": ("corpus", "backends", "model", "export", "runtime"),
-    "cli": (*ABOVE, "contract"),  # `gdn2 info` lists the schemas
+    "cli": (*ABOVE, "contract", "compiled"),  # `gdn2 info` lists the schemas
     "gdn2_ops": ("functional", "gates", "layers", "model", "decoder", "reference"),
 }
 LIBRARIES = {  # what a layer may import besides the standard library, where that is bounded

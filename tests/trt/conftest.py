@@ -1,0 +1,107 @@
+"""What the rungs share: the plugin library, a host that drives it, a driver that records."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+WHEELS = ROOT / "build" / "tensorrt"  # one folder for each wheel and version: make test-tensorrt
+RUNGS: dict[str, tuple[str, list[str]]] = {}  # module: what it proves, outcomes
+
+
+@dataclass(frozen=True)
+class Built:
+    """library: of the plugin. cubins: the folder of what it embeds. entries: the manifest's kernels by name."""
+
+    library: Path
+    cubins: Path
+    entries: dict[str, dict]
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Built:
+    folder = tmp_path_factory.mktemp("plugin")
+    run([sys.executable, str(HERE / "build.py"), str(folder)], env=os.environ | {"TRITON_INTERPRET": "0"}, timeout=900)
+    manifest = json.loads((folder / "cubins" / "manifest.json").read_text())
+    entries = {entry["name"]: entry for entry in manifest["kernels"]}
+    return Built(folder / "libgdn2_tensorrt.so", folder / "cubins", entries)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the host and the driver printed, the messages of the plugin, and the images that were loaded."""
+
+    lines: list[dict]
+    messages: list[str]
+    images: list[bytes]
+
+
+@pytest.fixture(scope="session")
+def drive(built, tmp_path_factory):
+    """Runs a script in the host. driver: with the recording libcuda, else without any."""
+    folder = tmp_path_factory.mktemp("host")
+    compiler = ["c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
+    host, cuda = folder / "host", folder / "cuda" / "libcuda.so.1"
+    cuda.parent.mkdir()
+    abi = ROOT / "runtime" / "tensorrt"
+    run([*compiler, f"-I{abi}", "-rdynamic", HERE / "host.cpp", "-o", host, "-ldl", "-pthread"])
+    run([*compiler, "-shared", "-fPIC", HERE / "recording_cuda.cpp", "-o", cuda])
+
+    def driven(script: list[str], *, arch: int = 90, driver: bool = True) -> Session:
+        record = tmp_path_factory.mktemp("record")
+        env = os.environ | {"GDN2_ARCH": str(arch), "GDN2_RECORD": str(record)}
+        if driver:
+            env["LD_LIBRARY_PATH"] = str(cuda.parent)
+        done = subprocess.run(
+            [host, built.library], input="\n".join(script), env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        images = [(record / f"{i}.cubin").read_bytes() for i in range(len(list(record.iterdir())))]
+        assert lines[0] == {"creator": ["gdn2", "GatedDeltaNet2", "1"]}
+        return Session(lines[1:], done.stderr.splitlines(), images)
+
+    return driven
+
+
+def run(command: list, **options) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture
+def wheel():
+    """The folder of a wheel that make test-tensorrt fetches."""
+
+    def found(name: str) -> Path:
+        if not (WHEELS / name).is_dir():
+            pytest.skip(f"the wheel {name} is not in {WHEELS}: make test-tensorrt fetches it")
+        return WHEELS / name
+
+    return found
+
+
+def pytest_runtest_logreport(report):
+    rung = RUNGS.get(report.nodeid.split("::")[0])
+    if rung is not None and (report.when == "call" or report.outcome != "passed"):
+        rung[1].append(report.outcome)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent == HERE:
+            RUNGS[item.nodeid.split("::")[0]] = (item.module.__doc__.split("\n\n")[0].replace("\n", " "), [])
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("what was proven")
+    for proof, outcomes in RUNGS.values():
+        verdict = "proven" if set(outcomes) == {"passed"} else "NOT PROVEN"
+        terminalreporter.write_line(f"{verdict}, {len(outcomes)} tests: {proof}")
