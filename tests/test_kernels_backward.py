@@ -8,57 +8,22 @@ from functools import partial
 
 import pytest
 import torch
-from cases import (
-    CASES,
-    FORMS,
-    NAMES,
-    Case,
-    Inputs,
-    assert_as_good_as,
-    bounds,
-    cotangents,
-    gradient_sizes,
-    gradients,
-    inputs,
-)
-from test_kernels_forward import NEUTRAL, every_dtype, poisoned_empty, tokens  # noqa: F401, a fixture
+from cases import CASES, NAMES, Case, Inputs, bounds, cotangents, inputs
+from chunk_laws import assert_gradients
+from test_kernels_forward import every_dtype, poisoned_empty, tokens  # noqa: F401, a fixture
 
-from gdn2_ops import reference
 from gdn2_ops.kernels import chunk_backward
-
-FORGETS = "65 tokens, resets, full erase"  # the initial state: its gradient is 1e-13 times that of the final state
-STATE = NAMES.index("state")
 
 
 def backward(x, do, dstate, cu_seqlens=None):
     return chunk_backward.chunk_backward(do, dstate, *x, cu_seqlens, x.q.shape[-1] ** -0.5)
 
 
-def sizes(case: Case, x: Inputs, want: list[torch.Tensor]) -> list[float]:
-    """What one rounding of each gradient is measured by."""
-    found = gradient_sizes(want, x)[2:]
-    if case.name == FORGETS:  # a rounding of g = -30 is 30 of what it decays, and the least number of float16 is 6e-8
-        found[STATE] = max(30 * found[STATE], torch.finfo(x.q.dtype).tiny)
-    half = x.q.dtype != torch.float32
-    if case.name == NEUTRAL or (half and case.keys == "equal" and case.erase == "two"):
-        found = [(2 if half else 8) * size for size in found]  # (I + T)^-1 as a factor keeps less than substitution
-    return found
-
-
-def assert_as_good_as_the_specification(got, case: Case, x: Inputs, do, dstate) -> None:
-    options = {"cu_seqlens": bounds(case)}
-    zero = torch.zeros(case.N, case.HV, case.K, case.V) if dstate is None else dstate
-    want = gradients(reference.recurrent, x.double(), do.double(), zero.double(), **options)
-    specifications = [gradients(form, x, do, zero, **options)[2:] for form in FORMS]
-    for name, y, z, size, *same in zip(NAMES, got, want[2:], sizes(case, x, want), *specifications):
-        assert_as_good_as(same, y, z, x.q.dtype, f"d{name}", size)
-
-
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_gradient_is_the_specification_s(case, dtype):
     x, (do, dstate) = inputs(case, dtype), cotangents(case, dtype)
-    assert_as_good_as_the_specification(backward(x, do, dstate, bounds(case)), case, x, do, dstate)
+    assert_gradients(backward(x, do, dstate, bounds(case)), case, x, do, dstate)
 
 
 @pytest.mark.parametrize("K, V", [(1, 1), (31, 33), (64, 32), (100, 130)])
@@ -66,7 +31,7 @@ def test_every_head_size(K, V):
     """Without a gradient of the final state."""
     case = Case("head sizes", 20, H=1, HV=1, K=K, V=V)
     x, (do, _) = inputs(case, torch.float32), cotangents(case, torch.float32)
-    assert_as_good_as_the_specification(backward(x, do, None), case, x, do, None)
+    assert_gradients(backward(x, do, None), case, x, do, None)
 
 
 @every_dtype

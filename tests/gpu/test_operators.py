@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, DTYPES, FORMS, OUTPUTS, Case, assert_as_good_as, bounds, exact, inputs
+from cases import CASES, DTYPES, Case, Inputs, bounds, cotangents, inputs
+from chunk_laws import assert_gradients, assert_outputs
 
 import gdn2_ops
 from gdn2_ops import kernels
@@ -19,17 +20,43 @@ def on(device: str, tensors):
 
 
 def assert_chunk(case: Case, dtype: torch.dtype, device: str) -> None:
-    x, options = inputs(case, dtype), {"cu_seqlens": bounds(case)}
-    got = gdn2_ops.chunk(*on(device, x), cu_seqlens=on(device, [bounds(case)])[0])
-    want = exact(x, **options)
-    for name, y, z, *same in zip(OUTPUTS, got, want, *(form(*x, **options) for form in FORMS)):
-        assert_as_good_as(same, y.cpu(), z, dtype, name)
+    x = inputs(case, dtype)
+    o, state = gdn2_ops.chunk(*on(device, x), cu_seqlens=on(device, [bounds(case)])[0])
+    assert_outputs((o.cpu(), state.cpu()), case, x, bounds(case))
 
 
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_chunk(case, dtype, device):
     assert_chunk(case, dtype, device)
+
+
+def assert_gradients_of(case: Case, dtype: torch.dtype, device: str) -> None:
+    x, (do, dstate) = inputs(case, dtype), cotangents(case, dtype)
+    there = Inputs(*(None if y is None else y.to(device).requires_grad_() for y in x))
+    o, state = gdn2_ops.chunk(*there, cu_seqlens=on(device, [bounds(case)])[0])
+    wanted = [y for y in there if y is not None]
+    got = dict(zip(map(id, wanted), torch.autograd.grad((o, state), wanted, on(device, (do, dstate)))))
+    assert_gradients([got[id(y)].cpu() if y is not None else None for y in there], case, x, do, dstate)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", [case for case in CASES if case.state], ids=lambda case: case.name)
+def test_gradients(case, dtype, device):
+    assert_gradients_of(case, dtype, device)
+
+
+@every_dtype
+@pytest.mark.parametrize("K, V", SIZES)
+def test_gradients_of_every_head_size(K, V, dtype, device):
+    assert_gradients_of(Case(f"gradients of {K} and {V}", 130, H=1, HV=2, K=K, V=V), dtype, device)
+
+
+def test_gradients_have_the_same_bits_every_time(device):
+    x, (do, dstate) = (f(Case("again", 300, B=2, H=2, HV=4, K=64, V=64), torch.bfloat16) for f in (inputs, cotangents))
+    args = (*on(device, (do, dstate, *x)), None, 0.125)
+    first = torch.ops.gdn2.chunk_backward(*args)
+    assert all(torch.equal(y, z) for _ in range(5) for y, z in zip(torch.ops.gdn2.chunk_backward(*args), first))
 
 
 @every_dtype
