@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gdn2_ops import cli
 from gdn2_ops.export import cubins, plugin
 from gdn2_ops.kernels import catalog, tiles
 
@@ -100,6 +101,12 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path):
 def test_an_unknown_head_size_is_refused():
     with pytest.raises(ValueError, match=re.escape(f"expected head sizes among {tiles.HEAD_SIZES}, got (96, 96")):
         cubins.embedded(head_sizes=[(96, 96)])
+
+
+def test_the_command_line_refuses_an_unknown_architecture(tmp_path, capsys):
+    assert cli.main(["build-plugin", "-o", str(tmp_path / "none"), "--arch", "75"]) == 2
+    assert "expected architectures among (80, 90, 100, 120), got (75,)" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_without_cmake_the_error_names_the_wheel(monkeypatch, tmp_path):

@@ -16,7 +16,6 @@ enum class APILanguage : int32_t { kCPP = 0 };
 enum class TensorRTPhase : int32_t { kBUILD = 0, kRUNTIME = 1 };
 enum class PluginCapabilityType : int32_t { kCORE = 0, kBUILD = 1, kRUNTIME = 2 };
 enum class PluginFieldType : int32_t { kFLOAT32 = 1, kFLOAT64 = 2, kINT32 = 5, kUNKNOWN = 8, kINT64 = 10 };
-enum class DimensionOperation : int32_t { kSUM = 0 };
 
 constexpr int32_t MAX_DIMS = 8;
 
