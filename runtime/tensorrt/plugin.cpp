@@ -185,7 +185,9 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     std::string wrong = check_counts(in_count, out_count);
     if (wrong.empty()) wrong = read_problem(in, problem);
     if (wrong.empty()) wrong = loaded_.load(problem);
-    return wrong.empty() ? 0 : refuse(wrong);
+    if (wrong.empty()) return 0;
+    loaded_ = {};  // the shape before this one is not launched again
+    return refuse(wrong);
   }
 
   int32_t enqueue(const PluginTensorDesc*, const PluginTensorDesc*, const void* const* in, void* const* out,

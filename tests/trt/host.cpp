@@ -3,7 +3,7 @@
 //   run B T H HV K V type scale most_B most_T    build and run one problem; types: 0 float, 1 half, 7 bfloat16
 //   field name type number                       a creator's answer to one field
 //   types q k v g b w state                      getOutputDataTypes
-//   shape i d0 d1 d2 d3                          onShapeChange of a good problem but for input i
+//   shape i d0 d1 d2 d3                          onShapeChange of a good problem, then with another input i
 //   misaligned                                   enqueue with k at no multiple of 16 bytes
 //   threads n B T                                as many threads, each with its own clone and context of TensorRT
 //   context id                                   makes another context current; 0 is none
@@ -242,11 +242,12 @@ constexpr Problem GOOD = {2, 5, 2, 4, 64, 64, DataType::kBF16};
 
 void shape(std::istringstream& words) {
   auto all = descs(GOOD);
+  const auto made = create(1, TensorRTPhase::kRUNTIME);
+  IPluginV3OneRuntime* plugin = runtime(made.get());
+  EXPECT(plugin->onShapeChange(all.data(), 7, all.data() + 7, 2) == 0);
   int at;
   words >> at;
   for (int d = 0; d < 4; ++d) words >> all[at].dims.d[d];
-  const auto made = create(1, TensorRTPhase::kRUNTIME);
-  IPluginV3OneRuntime* plugin = runtime(made.get());
   const int changed = plugin->onShapeChange(all.data(), 7, all.data() + 7, 2);
   int allocated = 0;
   const int queued = enqueue(plugin, GOOD, 1 << 24, nullptr, &allocated);
