@@ -99,6 +99,24 @@ $(SERVE)/installed: constraints-serve.txt
 test-server: $(STAMP) $(SERVE)/installed  ## the real server: the bytes of eager PyTorch, and faults (5 minutes)
 	$(BIN)/python -m pytest -q tests/serving.py tests/serving_faults.py
 
+bench-server: $(STAMP) $(SERVE)/installed  ## the real server against the loop it serves: first token, tokens/s (5 minutes)
+	$(BIN)/python -m benchmarks.server $(ARGS)
+
+# The package perf-analyzer on PyPI is empty; the program is in this client's wheel, the last one for glibc 2.36.
+PERF := build/perf
+perf-analyzer: $(PERF)/perf_analyzer  ## NVIDIA's load generator on gdn2_decode of a running `gdn2 serve`: 1 and 8 sequences
+	@python3 -c 'import json; print(json.dumps({"data": [[{"tokens": {"content": [i], "shape": [1]}} for i in range(65, 90)]]}))' > $(PERF)/tokens.json
+	LD_LIBRARY_PATH=$(PERF)/lib $(PERF)/perf_analyzer -m gdn2_decode -u 127.0.0.1:8001 -i grpc --sync --concurrency-range 1:8:7 -p 2000 -s 60 -r 5 --input-data $(PERF)/tokens.json
+
+$(PERF)/perf_analyzer: | $(STAMP) $(SERVE)/installed
+	mkdir -p $(PERF)/lib
+	$(BIN)/python -m pip download -q --no-deps --platform manylinux1_x86_64 --only-binary=:all: -d $(PERF) tritonclient==2.51.0
+	cd $(PERF) && $(abspath $(BIN))/python -m zipfile -e tritonclient-2.51.0-*.whl wheel && mv wheel/*.data/data/bin/perf_analyzer . && chmod +x perf_analyzer
+	libraries=$$(ls -d $(abspath $(SERVE))/lib/python3*/site-packages/nvidia_pytriton.libs) && ln -sf $$libraries/libb64-*.so.0d $(PERF)/lib/libb64.so.0d && ln -sf $$libraries/libcudart-*.so.12* $(PERF)/lib/libcudart.so.12
+
+soak: $(STAMP) $(SERVE)/installed  ## ten minutes of traffic on the real server: memory, errors, speed
+	$(BIN)/python -u -m benchmarks.soak $(ARGS)
+
 # The plugin's test bed is what PyPI has of TensorRT: registries of both versions, TensorRT-RTX's parser and builder.
 # Each wheel has a folder of its own and is loaded in a process of its own.
 TRT := build/tensorrt

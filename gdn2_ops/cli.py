@@ -18,6 +18,7 @@ PARTS = {
     "genai": ("onnxruntime_genai",),
     "triton": ("triton",),
     "tensorrt": ("triton", "cmake"),
+    "server": ("tritonclient",),
     "transformers": ("transformers",),
 }
 

@@ -95,7 +95,7 @@ class Scheduler:
         deadline = None if seconds is None else self._clock() + seconds
         generation = Generation(prompt, count, deadline, done=count == 0)
         with self._joining:
-            if len(self._waiting) >= self._limit:
+            if len(self._waiting) >= self._limit + self._pool.free:
                 raise SlotsExhausted(f"expected at most {self._limit} generations waiting for a slot; try again later")
             if count:
                 self._waiting.append(generation)

@@ -141,7 +141,13 @@ class Generate(Model):
             with self.joining:
                 streams = list(self.streams.items())
             for generation, stream in streams:
-                if stream.send(generation):
+                try:
+                    last = stream.send(generation)
+                except Exception as error:  # of this stream: the others go on
+                    pb.Logger.log_error(f"{self.name}: {error!r}")
+                    generation.cancel()
+                    last = True
+                if last:
                     with self.joining:
                         del self.streams[generation]
             time.sleep(2 * (time.perf_counter() - began))

@@ -111,6 +111,11 @@ def test_cancel_deadline_and_a_full_queue():
     assert first in scheduler.step() and isinstance(first.error, Cancelled) and len(first.written) == 2
     finish(scheduler)
     assert other.written == [9, 9] and other.error is None and pool.free == 1
+    three = [scheduler.submit(row(i), 1) for i in range(3)]  # a free slot is no place to wait
+    with pytest.raises(SlotsExhausted):
+        scheduler.submit(row(1), 1)
+    finish(scheduler)
+    assert [g.written for g in three] == [[0], [1], [2]]
     rest = [scheduler.submit(row(1), 3), scheduler.submit(row(2), 3)]
     scheduler.step()
     assert scheduler.fail(RuntimeError("stopping")) and all("stopping" in str(g.error) for g in rest)
