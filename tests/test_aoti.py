@@ -51,7 +51,7 @@ def programs(tmp_path_factory) -> Path:
     """The folder of the example's executables."""
     tools, build = Path(sys.executable).parent, tmp_path_factory.mktemp("build")
     cmake = shutil.which("cmake", path=str(tools)) or "cmake"
-    options = [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", "-DCMAKE_BUILD_TYPE=Release"]
+    options = [f"-DTORCH_FOLDER={Path(torch.__file__).parent}", "-DCMAKE_BUILD_TYPE=Release"]
     core = next(EXAMPLE.parents[1].glob("build/*/custom_ops/native/libgdn2_core.a"), None)  # of an editable install
     options += [] if core is None else [f"-DGDN2_CORE={core}"]
     subprocess.run([cmake, "-S", EXAMPLE, "-B", build, *options], check=True, capture_output=True)

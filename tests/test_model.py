@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
+from versions import fails_on
 
 from gdn2_ops.model import GDN2LM, GDN2Config
 
@@ -92,6 +94,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         GDN2Config.preset("huge")
 
 
+@fails_on("2.11", InductorError, "Inductor has no lowering of a concatenation over an unbacked size (KeyError)")
 def test_tiny_trains_in_one_compiled_graph_at_every_length():
     """A length marked as unbacked is never looked at: one token and 300 share a graph, forward and backward."""
     torch._dynamo.reset()
