@@ -53,6 +53,7 @@ class Task:
 
 
 FLOAT32 = Tolerance()
+LONG_ENOUGH = 0.3  # seconds of calls for the clock
 
 
 def measure(name: str, backend: Backend, task: Task, truth: NDArray[np.float32] | None) -> Measurement:
@@ -122,8 +123,10 @@ def _written(backend: Backend, task: Task) -> bytes:
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
+    """The median of so many calls, and of as many as fill a while: the first ones of a session are slower."""
+    times: list[float] = []
+    end = time.perf_counter() + LONG_ENOUGH * (repeats > 1)
+    while len(times) < repeats or time.perf_counter() < end:
         began = time.perf_counter()
         call()
         times.append(time.perf_counter() - began)

@@ -201,3 +201,19 @@ def test_the_translation_table_serves_callers_of_the_exporter():
     assert sum((node.domain, node.op_type) == (DOMAIN, OP) for node in program.model.graph) == 4
     for got, want in zip(program(*args), module(*args)):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_softplus_is_exact_where_it_might_overflow(dtype, beta, tmp_path):
+    class Decays(torch.nn.Module):
+        def forward(self, q, k, v, g, b, w, x):
+            return gdn2_ops.chunk(q, k, v, g, b, w)[0], torch.nn.functional.softplus(x, beta=beta)
+
+    x = torch.linspace(-100, 100, 401).to(dtype)
+    file = export(Decays().eval(), tmp_path / "m.onnx", (*arguments(), x), body="scan")
+    assert "Softplus" not in {node.op_type for node in onnx.load(file).graph.node}
+    run = session(str(file))
+    _, got = run.run(None, {i.name: y.numpy() for i, y in zip(run.get_inputs(), (*arguments(), x))})
+    want = torch.nn.functional.softplus(x, beta=beta)
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=2e-7 if dtype == torch.float32 else 1e-3, atol=1e-6)
