@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import floors, ggml_peer, report
+from benchmarks.core_peer import Core
 from benchmarks.measure import Settings, Table, measure
 from benchmarks.onnxruntime_peer import LibraryInOnnxRuntime, OnnxRuntime, OnnxRuntimeInPlace
 from benchmarks.peers import CompiledReference, Forward, Library, NaiveLoop, Operator, Peer
@@ -27,6 +28,7 @@ from benchmarks.problems import PROBLEMS, Problem
 PEERS: tuple[type[Peer], ...] = (
     Library,
     Operator,
+    Core,
     Forward,
     LibraryInOnnxRuntime,
     OnnxRuntime,

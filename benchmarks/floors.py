@@ -1,39 +1,24 @@
-"""The floors of the machine under a problem, from floors.cpp, which the C++ compiler builds on first use."""
+"""The floors of the machine under a problem, from floors.cpp."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import torch
 
+from benchmarks import native
 from benchmarks.problems import Problem
 
 SOURCE = Path(__file__).with_name("floors.cpp")
-BUILT = SOURCE.parent.parent / "build/bench"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 PROBE_FMA = 300_000_000  # elements: about 3 ms
 PROBE_BYTES = 400_000_000
 PROBES = 6
 
 
-def build(folder: Path = BUILT) -> ctypes.CDLL:
+def build() -> ctypes.CDLL:
     """Raises: RuntimeError: no C++ compiler, or it refuses the file."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise RuntimeError(f"benchmarks need a C++ compiler for the floors, got no {compiler!r}; set CXX")
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:12]
-    library = folder / f"floors-{key}.so"
-    if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        run = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(library)], capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{compiler}: {run.stderr}")
-    loaded = ctypes.CDLL(str(library))
+    loaded = native.load(SOURCE)
     loaded.seconds_of_fma.restype = loaded.seconds_of_scale.restype = ctypes.c_double
     loaded.seconds_of_fma.argtypes = (ctypes.c_int64, ctypes.c_int)
     loaded.seconds_of_scale.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)

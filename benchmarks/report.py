@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.measure import Row, Table
 from benchmarks.problems import PROBLEMS
 
-OURS = "gdn2_ops"
+OURS, CORE = "gdn2_ops", "gdn2_ops, C++ core"
 ORT_IN_PLACE = "ONNX Runtime, state in place"
 ORT, GGML, NAIVE = "ONNX Runtime LinearAttention", "ggml gated_delta_net", "naive PyTorch loop"
 STEP, POOL, PREFILL, BACKWARD = (str(PROBLEMS[i]) for i in (1, 2, 5, 7))
@@ -51,9 +51,9 @@ def share(table: Table, problem: str, peer: str) -> Spread | None:
     return ratio(lowest[1], table.row(problem, peer).seconds) if lowest else None
 
 
-def _against(problem: str, peer: str) -> Callable[[Table], Spread | None]:
+def _against(problem: str, peer: str, mine: str = OURS) -> Callable[[Table], Spread | None]:
     def measured(table: Table) -> Spread | None:
-        row, ours = table.row(problem, peer), table.row(problem, OURS)
+        row, ours = table.row(problem, peer), table.row(problem, mine)
         return ratio(row.seconds, ours.seconds) if row.status == ours.status == "ok" else None
 
     return measured
@@ -64,7 +64,10 @@ TARGETS: tuple[tuple[str, float, bool, Callable[[Table], Spread | None]], ...] =
     (f"{STEP}: {ORT} / ours", 3, True, _against(STEP, ORT)),
     (f"{STEP}: {ORT_IN_PLACE} / ours", 3, True, _against(STEP, ORT_IN_PLACE)),
     (f"{STEP}: {GGML} / ours", 4, True, _against(STEP, GGML)),
+    (f"{STEP}: {ORT} / our C++ core", 3, True, _against(STEP, ORT, CORE)),
+    (f"{STEP}: {GGML} / our C++ core", 4, True, _against(STEP, GGML, CORE)),
     (f"{STEP}: share of the floor", 0.75, True, lambda table: share(table, STEP, OURS)),
+    (f"{STEP}: share of the floor, our C++ core", 0.75, True, lambda table: share(table, STEP, CORE)),
     (f"{POOL}: share of the floor", 0.85, True, lambda table: share(table, POOL, OURS)),
     (f"{PREFILL}: {ORT} / ours", 2, True, _against(PREFILL, ORT)),
     (f"{PREFILL}: {NAIVE} / ours", 15, True, _against(PREFILL, NAIVE)),
