@@ -34,6 +34,7 @@ from torch import Tensor
 from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import Kernel, is_masked
 from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, bounds, carried, prepare, writes
+from gdn2_ops.kernels.products import loaded_product
 from gdn2_ops.kernels.segments import CHAIN, SUMMARISE, starts
 
 
@@ -74,7 +75,6 @@ def recur_kernel(
     BV: tl.constexpr,
 ):
     operand: tl.constexpr = y_ptr.dtype.element_ty
-    PRECISION: tl.constexpr = "ieee" if operand == tl.float32 else "tf32"
     i_v = tl.program_id(0) % (V // BV)
     i_hv = tl.program_id(0) // (V // BV) % HV
     i_run = tl.program_id(0) // (V // BV * HV)  # of N * segments
@@ -111,10 +111,15 @@ def recur_kernel(
             tl.store(states_ptr + at_states + at_KV, operand_KV, mask=live_KV)
             tl.store(r_ptr + at_token + at_CV, r_CV, mask=live_CV)
         else:
-            qd_CK = tl.load(qd_ptr + at_slot * C * K + at_work_CK)
-            o_CV = tl.dot(qd_CK, operand_KV, input_precision=PRECISION)
-            aqk_CC = tl.load(aqk_ptr + at_slot * C * C + (i_C[:, None] * C + i_C[None, :]))
-            o_CV = tl.dot(aqk_CC, r_CV, o_CV, input_precision=PRECISION)
+            if operand == tl.float32:
+                o_CV = tl.zeros([C, BV], tl.float32)
+                o_CV = loaded_product(qd_ptr + at_slot * C * K, K, 1, operand_KV, o_CV)
+                o_CV = loaded_product(aqk_ptr + at_slot * C * C, C, 1, r_CV, o_CV)
+            else:
+                qd_CK = tl.load(qd_ptr + at_slot * C * K + at_work_CK)
+                o_CV = tl.dot(qd_CK, operand_KV, input_precision="tf32")
+                aqk_CC = tl.load(aqk_ptr + at_slot * C * C + (i_C[:, None] * C + i_C[None, :]))
+                o_CV = tl.dot(aqk_CC, r_CV, o_CV, input_precision="tf32")
             tl.store(o_ptr + at_token + at_CV, o_CV.to(operand), mask=live_CV)
         state_KV = carried(decay_ptr, kt_ptr, at_slot, r_CV, state_KV, C, K)
 

@@ -6,6 +6,8 @@ digits, and every factor is at most 1: block p's rows are anchored on the first 
 stand on its first row and one of them is 1 / gamma: right in rows that decayed by less than SPAN octaves since. Where a
 slice of keys has rows with more, the pairwise form makes them, sixteen diagonals at a time; the branch is one for the
 program, the choice is of the row, so that no token knows what comes after it.
+
+E waits for A in registers, in float32, which has none to spare, where Y will be.
 """
 
 from __future__ import annotations
@@ -18,26 +20,10 @@ from torch import Tensor
 
 from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import Kernel, is_masked
+from gdn2_ops.kernels.products import loaded_product, product
 
 C = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def product(a, b, acc, dtype: tl.constexpr):
-    """acc + a b of float32 tiles that T and A are made of or act by: a rounding there grows with every later token.
-
-    To 8 times the digits of q's dtype or more: bfloat16 in tf32, float16 in two halves of each number. b may have
-    q's dtype.
-    """
-    if dtype == tl.float16:
-        a_high, b_high = a.to(dtype), b.to(dtype)
-        if b.dtype == tl.float32:
-            acc = tl.dot(a_high, (b - b_high.to(tl.float32)).to(dtype), acc)
-        acc = tl.dot((a - a_high.to(tl.float32)).to(dtype), b_high, acc)
-        return tl.dot(a_high, b_high, acc)
-    else:
-        return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32" if dtype == tl.bfloat16 else "ieee")
 
 
 @triton.jit
@@ -188,7 +174,8 @@ def prepare_kernel(
     t_near_CC, aqk_near_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     t_far_CC, aqk_far_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     t_PRR, aqk_PRR = tl.zeros([P, 16, 16], tl.float32), tl.zeros([P, 16, 16], tl.float32)
-    e_PRSK = tl.zeros([P, 16, SLICES, BK], operand)
+    if not EXACT:
+        e_PRSK = tl.zeros([P, 16, SLICES, BK], operand)
     for i_slice in tl.range(0, SLICES):
         i_K = i_slice * BK + tl.arange(0, BK)
         live_PRK = (row_PR1 < tokens) & (i_K < keys)[None, None, :]
@@ -224,8 +211,11 @@ def prepare_kernel(
         gamma_PRK = to_head_PRK * tl.exp2(along_blocks(link_PK, before_PP) + g_first_K[None, :])[:, None, :]
         tail_PRK = to_reach_PRK * tl.exp2(along_blocks(link_PK, after_PP))[:, None, :]
         tl.store(qd_ptr + at_slot * C * K + at_work_PRK, (q_PRK * gamma_PRK).to(operand))
-        here_S1 = (tl.arange(0, SLICES) == i_slice)[:, None]
-        e_PRSK = tl.where(here_S1[None, None, :, :], (e_PRK * gamma_PRK).to(operand)[:, :, None, :], e_PRSK)
+        if EXACT:
+            tl.store(y_ptr + at_slot * C * K + at_work_PRK, e_PRK * gamma_PRK)  # until A is known
+        else:
+            here_S1 = (tl.arange(0, SLICES) == i_slice)[:, None]
+            e_PRSK = tl.where(here_S1[None, None, :, :], (e_PRK * gamma_PRK).to(operand)[:, :, None, :], e_PRSK)
         tl.store(kt_ptr + at_slot * C * K + at_work_PRK, (k_PRK * tail_PRK).to(operand))
         tl.store(decay_ptr + at_slot * K + i_K, tl.exp2(tl.sum(link_PK, 0) + g_first_K))
 
@@ -247,8 +237,16 @@ def prepare_kernel(
     tl.store(aqk_ptr + at_slot * C * C + at_CC, aqk_CC.to(operand), mask=block_C1 != block_1C)
     a_CC = invert(t_PRR, tl.where(near_CC, t_near_CC, t_far_CC), operand)
     tl.store(a_ptr + at_slot * C * C + at_CC, a_CC)
-    y_CK = product(a_CC, tl.reshape(e_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
-    tl.store(y_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], y_CK.to(operand))
+    if EXACT:
+        tl.debug_barrier()  # A and E come back in slices that other threads wrote
+        for i_slice in tl.range(0, SLICES):
+            at_CK = at_slot * C * K + i_C[:, None] * K + (i_slice * BK + tl.arange(0, BK))[None, :]
+            e_CK = tl.load(y_ptr + at_CK)
+            y_CK = loaded_product(a_ptr + at_slot * C * C, C, 1, e_CK, tl.zeros([C, BK], tl.float32))
+            tl.store(y_ptr + at_CK, y_CK)
+    else:
+        y_CK = product(a_CC, tl.reshape(e_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
+        tl.store(y_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], y_CK.to(operand))
 
 
 @triton.jit
@@ -266,22 +264,28 @@ def bounds(cu_seqlens_ptr, i_n, T, C: tl.constexpr, PACKED: tl.constexpr):
 def writes(a_ptr, y_ptr, at_slot, z_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
     """R of a chunk; state_KV in the dtype of the workspace."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    PRECISION: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
-    i_C, i_K = tl.arange(0, C), tl.arange(0, K)
-    a_CC = tl.load(a_ptr + at_slot * C * C + (i_C[:, None] * C + i_C[None, :]))
-    r_CV = product(a_CC, z_CV, tl.zeros(z_CV.shape, tl.float32), dtype)
-    y_CK = tl.load(y_ptr + at_slot * C * K + (i_C[:, None] * K + i_K[None, :]))
-    return (r_CV - tl.dot(y_CK, state_KV, input_precision=PRECISION)).to(dtype)
+    r_CV = tl.zeros(z_CV.shape, tl.float32)
+    if dtype == tl.float32:
+        r_CV = loaded_product(a_ptr + at_slot * C * C, C, 1, z_CV, r_CV)
+        return loaded_product(y_ptr + at_slot * C * K, K, 1, -state_KV, r_CV)
+    else:
+        i_C, i_K = tl.arange(0, C), tl.arange(0, K)
+        a_CC = tl.load(a_ptr + at_slot * C * C + (i_C[:, None] * C + i_C[None, :]))
+        r_CV = product(a_CC, z_CV, r_CV, dtype)
+        y_CK = tl.load(y_ptr + at_slot * C * K + (i_C[:, None] * K + i_K[None, :]))
+        return (r_CV - tl.dot(y_CK, state_KV, input_precision="tf32")).to(dtype)
 
 
 @triton.jit
 def carried(decay_ptr, kt_ptr, at_slot, r_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
     """The state after a chunk."""
-    PRECISION: tl.constexpr = "ieee" if r_CV.dtype == tl.float32 else "tf32"
     i_C, i_K = tl.arange(0, C), tl.arange(0, K)
     state_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
-    kt_CK = tl.load(kt_ptr + at_slot * C * K + (i_C[:, None] * K + i_K[None, :]))
-    return tl.dot(tl.trans(kt_CK), r_CV, state_KV, input_precision=PRECISION)
+    if r_CV.dtype == tl.float32:
+        return loaded_product(kt_ptr + at_slot * C * K, 1, K, r_CV, state_KV)
+    else:
+        kt_CK = tl.load(kt_ptr + at_slot * C * K + (i_C[:, None] * K + i_K[None, :]))
+        return tl.dot(tl.trans(kt_CK), r_CV, state_KV, input_precision="tf32")
 
 
 class Workspace(NamedTuple):

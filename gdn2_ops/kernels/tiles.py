@@ -83,18 +83,21 @@ ROWS = (
     ),
     # recur_masked: each number of a value, output or state has an address and a predicate of its own.
     *(
-        _Row("recur_masked", ANY_DTYPE, KS, HEAD_SIZES, archs, Tile({"C": 64, "BV": 16}, num_warps, num_stages))
-        for KS, archs, num_warps, num_stages in (
-            ((32, 64, 128), (90,), 4, 2),
-            ((256,), (90,), 8, 1),
-            ((32, 64, 128), (80, 100, 120), 4, 1),
-            ((256,), (80, 100, 120), 8, 1),
+        _Row("recur_masked", dtypes, KS, HEAD_SIZES, archs, Tile({"C": 64, "BV": 16}, num_warps, num_stages))
+        for dtypes, KS, archs, num_warps, num_stages in (
+            (("bf16",), (32, 64, 128), (90,), 4, 2),
+            (("fp16",), (32, 64, 128), (90,), 8, 2),
+            (HALF, (256,), (90,), 8, 1),
+            (HALF, (32, 64, 128), (80, 100, 120), 4, 1),
+            (HALF, (256,), (80, 100, 120), 8, 1),
+            (("fp32",), HEAD_SIZES, ANY_ARCH, 8, 1),
         )
     ),
     # summarise: as recur, without outputs. chain: M in slices of BK columns.
-    _Row("summarise", ANY_DTYPE, (32, 64, 128), HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
-    _Row("summarise", ANY_DTYPE, (256,), HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=8)),
-    _Row("chain", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 32, "BV": 16}, num_warps=4)),
+    _Row("summarise", HALF, (32, 64, 128), HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
+    _Row("summarise", HALF, (256,), HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=8)),
+    _Row("summarise", ("fp32",), HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=8)),
+    _Row("chain", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 32, "BV": 16}, num_warps=8)),
     # recur_back: [K, BV] of the gradient of the state in registers.
     _Row("recur_back", HALF, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
     _Row("recur_back", ("fp32",), HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 16}, num_warps=8)),

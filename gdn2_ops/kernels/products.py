@@ -1,0 +1,58 @@
+"""Products of float32 tiles to the digits that the dtype of q asks for.
+
+float32 itself has no tensor core: a product is multiply-adds whose operands wait in registers, of a tile of m by n
+numbers of a thread m + n for every number that is summed. So it is summed in slices of 16, one after the other.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SLICE = tl.constexpr(16)
+
+
+@triton.jit
+def product(a, b, acc, dtype: tl.constexpr):
+    """acc + a b of float32 tiles that T and A are made of or act by: a rounding there grows with every later token.
+
+    To 8 times the digits of q's dtype or more: bfloat16 in tf32, float16 in two halves of each number. b may have
+    q's dtype.
+    """
+    if dtype == tl.float16:
+        a_high, b_high = a.to(dtype), b.to(dtype)
+        if b.dtype == tl.float32:
+            acc = tl.dot(a_high, (b - b_high.to(tl.float32)).to(dtype), acc)
+        acc = tl.dot((a - a_high.to(tl.float32)).to(dtype), b_high, acc)
+        return tl.dot(a_high, b_high, acc)
+    elif dtype == tl.bfloat16:
+        return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32")
+    elif a.shape[-1] == SLICE:
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        a_MSN = tl.reshape(a, [a.shape[0], a.shape[1] // SLICE, SLICE])
+        for i_slice in tl.range(0, a.shape[1] // SLICE):
+            here_S1 = (tl.arange(0, a.shape[1] // SLICE) == i_slice)[:, None]
+            a_MN = tl.sum(tl.where(here_S1[None, :, :], a_MSN, 0.0), 1)
+            acc = tl.dot(a_MN, rows(b, i_slice), acc, input_precision="ieee")
+        return acc
+
+
+@triton.jit
+def loaded_product(a_ptr, row_stride: tl.constexpr, column_stride: tl.constexpr, b_NV, acc_MV):
+    """acc + a b of float32 tiles of which a, with its strides, is in memory."""
+    i_M, i_N = tl.arange(0, acc_MV.shape[0]), tl.arange(0, SLICE)
+    at_MN = i_M[:, None] * row_stride + i_N[None, :] * column_stride
+    for i_slice in tl.range(0, b_NV.shape[0] // SLICE):
+        a_MN = tl.load(a_ptr + i_slice * SLICE * column_stride + at_MN)
+        acc_MV = tl.dot(a_MN, rows(b_NV, i_slice), acc_MV, input_precision="ieee")
+    return acc_MV
+
+
+@triton.jit
+def rows(b_NV, i_slice):
+    """One slice of the rows of a tile in registers: a sum of itself and zeros."""
+    SLICES: tl.constexpr = b_NV.shape[0] // SLICE
+    here_S = tl.arange(0, SLICES) == i_slice
+    b_SNV = tl.reshape(b_NV, [SLICES, SLICE, b_NV.shape[1]])
+    return tl.sum(tl.where(here_S[:, None, None], b_SNV, 0.0), 0)
