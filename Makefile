@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 NATIVE := CMakeLists.txt $(wildcard custom_ops/native/CMakeLists.txt custom_ops/native/*.cpp custom_ops/native/*.h) \
-	$(wildcard runtime/onnxruntime/*)
+	$(wildcard runtime/onnxruntime/* runtime/cuda/*)
 
 .DEFAULT_GOAL := help
 .PHONY: $(shell sed -nE 's/^([a-z-]+):.*\#\# .*/\1/p' Makefile)  # every target of the list below
@@ -151,7 +151,7 @@ soak: $(STAMP) $(SERVE)/installed  ## ten minutes of traffic on the real server:
 TRT := build/tensorrt
 RTX := tensorrt-rtx-cu13
 LEAN := tensorrt-lean-cu13
-test-tensorrt: $(STAMP) $(TRT)/lean-10.15.1.29 $(TRT)/lean-11.4.0.106 $(TRT)/rtx-1.7.1.116  ## the TensorRT plugin without a GPU or an engine: what is proven of it, rung by rung (190 MB of wheels)
+test-tensorrt: $(STAMP) $(TRT)/lean-10.15.1.29 $(TRT)/lean-11.4.0.106 $(TRT)/rtx-1.7.1.116  ## the TensorRT plugin, and ONNX Runtime's kernels on CUDA, without a GPU: what is proven, rung by rung (190 MB of wheels)
 	$(BIN)/python -m pytest -v --no-header -rs tests/trt $(ARGS)
 
 $(TRT)/lean-%: | $(STAMP)

@@ -1,4 +1,4 @@
-"""Cubins and their manifest -> what a C++ library embeds: the table of runtime/cuda/kernels.h, and the images.
+"""Cubins and their manifest -> what a C++ library holds: the table of runtime/cuda/kernels.h, and the images.
 
 Only the kernels of inference over whole batches are taken: no packed sequences, no slots, no backward pass, a state
 always. They are told apart by the names that `Build` gives them, without the architecture: runtime/cuda spells the
@@ -83,11 +83,14 @@ def write_table(folder: str | Path) -> tuple[Path, Path]:
         "};\n",
         f"const int64_t HEAD_SIZES[] = {{{_list(manifest['head_sizes'])}}};",
         f"const SegmentRow SEGMENTS[] = {{{', '.join('{' + _list(row) + '}' for row in manifest['segments'])}}};\n",
+        f"const Table TABLE = {{TABLE_FORMAT, IMAGES, {len(entries)}, HEAD_SIZES, {len(manifest['head_sizes'])},",
+        f"                     SEGMENTS, {len(manifest['segments'])}, {_chunk(entries)},",
+        f'                     {len(manifest["hidden_parameters"])}, {manifest["pointer_alignment"]}, "{digest}"}};\n',
         "}  // namespace\n",
-        f"const Table TABLE = {{IMAGES, {len(entries)}, HEAD_SIZES, {len(manifest['head_sizes'])}, SEGMENTS,",
-        f"                     {len(manifest['segments'])}, {_chunk(entries)}, {len(manifest['hidden_parameters'])},",
-        f'                     {manifest["pointer_alignment"]}, "{digest}"}};\n',
+        "const Table& table() { return TABLE; }\n",
         "}  // namespace gdn2::cuda\n",
+        'extern "C" __attribute__((visibility("default"))) const gdn2::cuda::Table* gdn2_cubins() {',
+        "  return &gdn2::cuda::table();\n}\n",
     ]
     table, images = folder / TABLE, folder / IMAGES
     table.write_text("\n".join(parts))

@@ -1,4 +1,4 @@
-"""The TensorRT plugin GatedDeltaNet2 as one library: cubins built here, embedded and compiled, without a GPU.
+"""Cubins built here as one library, without a GPU: the TensorRT plugin, or what our ONNX Runtime library opens on CUDA.
 
 Needs a C++ compiler, and cmake: pip install 'gdn2-ops[tensorrt]'. Nothing of NVIDIA's is linked, no header of it used.
 """
@@ -8,36 +8,45 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from gdn2_ops.export.cubins import write_table
 from gdn2_ops.export.kernels import Build, build_kernels
 
+SOURCES = Path(__file__).resolve().parent.parent / "runtime"
 LIBRARY = "libgdn2_tensorrt.so"
-SOURCES = Path(__file__).resolve().parent.parent / "runtime" / "tensorrt"
+TARGETS = {"tensorrt": (LIBRARY, SOURCES / "tensorrt"), "onnxruntime": ("libgdn2_cubins.so", SOURCES / "cuda")}
 
 
-def build(output: str | Path, builds: list[Build], *, jobs: int | None = None, report=None) -> Path:
+def build(
+    output: str | Path, builds: list[Build], *, target: str = "tensorrt", jobs: int | None = None, report=None
+) -> Path:
     """Compiles the kernels and the library into the folder `output`, which is made. Returns the library's path.
 
-    The folder keeps the cubins and their manifest; the library alone is what TensorRT loads.
+    The folder keeps the cubins and their manifest; the library alone is what a runtime loads.
 
-    Args: those of `export.kernels.build_kernels`; builds: of `export.cubins.embedded`.
+    Args: those of `export.kernels.build_kernels`; builds: of `export.cubins.embedded`; target: of `TARGETS`: tensorrt,
+        or onnxruntime, whose library is to lie beside libgdn2_onnxruntime.so.
     Raises: ImportError: there is no cmake. RuntimeError: the compiler refuses, with what it said; and what
         `build_kernels` raises.
     """
-    cmake = _cmake()
-    if not (SOURCES / "CMakeLists.txt").is_file():
-        raise ImportError(f"gdn2_ops.export.plugin: expected the sources of the plugin in {str(SOURCES)!r}, got none")
-    folder = Path(output).resolve()
-    manifest = build_kernels(folder / "cubins", builds, jobs=jobs, report=report)
+    _cmake()
+    manifest = build_kernels(Path(output).resolve() / "cubins", builds, jobs=jobs, report=report)
     write_table(manifest.parent)
-    tree = folder / "build"
-    _run([cmake, "-S", str(SOURCES), "-B", str(tree), f"-DGDN2_CUBINS={manifest.parent}", "-DCMAKE_BUILD_TYPE=Release"])
-    _run([cmake, "--build", str(tree), "--parallel"])
-    library = folder / LIBRARY
-    shutil.copyfile(tree / LIBRARY, library)
-    shutil.rmtree(tree)
+    return compile_library(manifest.parent, output, target)
+
+
+def compile_library(cubins: Path, output: str | Path, target: str = "tensorrt") -> Path:
+    """The library of a folder that `export.cubins.write_table` has completed. Args, returns, raises: as `build`."""
+    name, sources = TARGETS[target]
+    if not (sources / "CMakeLists.txt").is_file():
+        raise ImportError(f"gdn2_ops.export.plugin: expected the sources of {name} in {str(sources)!r}, got none")
+    cmake, library = _cmake(), Path(output).resolve() / name
+    with tempfile.TemporaryDirectory() as tree:
+        _run([cmake, "-S", str(sources), "-B", tree, f"-DGDN2_CUBINS={cubins}", "-DCMAKE_BUILD_TYPE=Release"])
+        _run([cmake, "--build", tree, "--parallel"])
+        shutil.copyfile(Path(tree) / name, library)
     return library
 
 

@@ -72,7 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--kernel", action="append", help="a name of the table; again for more (default: all)")
     _add_selection(kernels)
 
-    plugin = command("build-plugin", _build_plugin, "compile the TensorRT plugin with its kernels; needs no GPU")
+    plugin = command("build-plugin", _build_plugin, "compile the GPU kernels of TensorRT or ONNX Runtime; needs no GPU")
+    plugin.add_argument(
+        "--for",
+        dest="target",
+        choices=["tensorrt", "onnxruntime"],
+        default="tensorrt",
+        help="the plugin of TensorRT (default), or what our ONNX Runtime library loads on CUDA",
+    )
     plugin.add_argument("-o", "--output", type=Path, help="folder to write (default: the package's own)")
     _add_selection(plugin)
 
@@ -233,11 +240,12 @@ def _build_plugin(options: argparse.Namespace) -> int:
     from gdn2_ops.export import cubins, plugin
 
     builds = cubins.embedded(**_selection(options))
+    build = partial(plugin.build, builds=builds, target=options.target, jobs=options.jobs, report=_report_cubins)
     if options.output is not None:
-        file = plugin.build(options.output, builds, jobs=options.jobs, report=_report_cubins)
+        file = build(options.output)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            built = plugin.build(folder, builds, jobs=options.jobs, report=_report_cubins)
+            built = build(folder)
             file = Path(shutil.copy(built, library_folder()))
     print(f"wrote {file} ({file.stat().st_size:,} bytes)")
     return 0

@@ -109,6 +109,19 @@ def test_the_command_line_refuses_an_unknown_architecture(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("words, target", [([], "tensorrt"), (["--for", "onnxruntime"], "onnxruntime")])
+def test_the_command_line_builds_what_it_is_for(words, target, tmp_path, capsys, monkeypatch):
+    def build(output, builds, *, target, jobs, report):
+        output.mkdir()
+        (output / plugin.TARGETS[target][0]).write_bytes(bytes(1234))
+        return output / plugin.TARGETS[target][0]
+
+    monkeypatch.setattr(plugin, "build", build)
+    assert cli.main(["build-plugin", "-o", str(tmp_path / "made"), "--arch", "90", *words]) == 0
+    name = {"tensorrt": "libgdn2_tensorrt.so", "onnxruntime": "libgdn2_cubins.so"}[target]
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'made' / name} (1,234 bytes)\n"
+
+
 def test_without_cmake_the_error_names_the_wheel(monkeypatch, tmp_path):
     monkeypatch.setattr(plugin.shutil, "which", lambda *name, **path: None)
     with pytest.raises(ImportError, match=r"needs cmake: pip install 'gdn2-ops\[tensorrt\]'"):
@@ -125,3 +138,14 @@ def test_where_the_plugin_is_not_built_the_error_names_the_command():
             runtime.tensorrt_plugin()
     else:
         assert runtime.tensorrt_plugin() == library_folder() / plugin.LIBRARY
+
+
+def test_where_the_cubins_are_not_built_the_error_names_the_command():
+    from gdn2_ops.runtime import onnxruntime_library
+
+    file = onnxruntime_library.path().parent / "libgdn2_cubins.so"
+    if not file.is_file():
+        with pytest.raises(ImportError, match=r"expected libgdn2_cubins.so in .*: gdn2 build-plugin --for onnxruntime"):
+            onnxruntime_library.cubins()
+    else:
+        assert onnxruntime_library.cubins() == file

@@ -31,7 +31,7 @@ constexpr Name NAMES[] = {
 // clang-format on
 
 std::string locate(const Image& image, uint16_t* offsets) {
-  if (image.parameter_count + TABLE.hidden_parameters > MAX_PARAMETERS) {
+  if (image.parameter_count + table().hidden_parameters > MAX_PARAMETERS) {
     return std::string(image.key) + ": expected at most " + std::to_string(MAX_PARAMETERS) + " parameters, got more";
   }
   for (int i = 0; i < image.parameter_count; ++i) {
@@ -67,8 +67,8 @@ std::string current_device(const Driver& driver, Device& found) {
 
 std::string choose(const std::string& key, int arch, const Image*& chosen) {
   std::string archs;
-  for (int64_t i = 0; i < TABLE.image_count; ++i) {
-    const Image& image = TABLE.images[i];
+  for (int64_t i = 0; i < table().image_count; ++i) {
+    const Image& image = table().images[i];
     if (key != image.key) continue;
     archs += (archs.empty() ? "" : ", ") + std::to_string(image.arch);
     const bool later = !image.exact && image.arch / 10 == arch / 10 && image.arch % 10 < arch % 10;
@@ -77,7 +77,7 @@ std::string choose(const std::string& key, int arch, const Image*& chosen) {
   }
   if (chosen != nullptr) return {};
   return "expected a device that " + key + " was built for (sm_" + (archs.empty() ? "none" : archs) + "), got sm_" +
-         std::to_string(arch) + "; build the library for it";
+         std::to_string(arch) + "; build the library for it: gdn2 build-plugin";
 }
 
 // A context that has ended took its modules along, and no other one gets its id.
@@ -105,9 +105,9 @@ std::string load_function(const Driver& driver, const Image& image, unsigned lon
 
 }  // namespace
 
-bool embedded(const std::string& key) {
-  for (int64_t i = 0; i < TABLE.image_count; ++i) {
-    if (key == TABLE.images[i].key) return true;
+bool has_image(const std::string& key) {
+  for (int64_t i = 0; i < table().image_count; ++i) {
+    if (key == table().images[i].key) return true;
   }
   return false;
 }
@@ -140,7 +140,7 @@ std::string Launch::start(const Values& values, void* stream) const {
   char* const base = reinterpret_cast<char*>(const_cast<Values*>(&values));
   int count = 0;
   for (; count < image->parameter_count; ++count) addresses[count] = base + offsets[count];
-  for (int i = 0; i < TABLE.hidden_parameters; ++i) addresses[count++] = base + offsetof(Values, hidden);
+  for (int i = 0; i < table().hidden_parameters; ++i) addresses[count++] = base + offsetof(Values, hidden);
   const Result failed = loaded.LaunchKernel(function, programs, 1, 1, image->threads, 1, 1, image->shared_memory,
                                             stream, addresses, nullptr);
   return failed == 0 ? std::string() : std::string(image->key) + ": " + failure(loaded, "cuLaunchKernel", failed);

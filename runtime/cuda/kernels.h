@@ -1,7 +1,7 @@
-// The cubins in this library: which one serves a device, how it is loaded, how it is launched.
+// The cubins at hand: which one serves a device, how it is loaded, how it is launched.
 //
-// The table is written by gdn2_ops.export.cubins from the manifest of gdn2_ops.export.kernels. Functions return what
-// went wrong, and nothing when nothing did.
+// The table is written by gdn2_ops.export.cubins from the manifest of gdn2_ops.export.kernels. It is compiled into this
+// library, or into a file beside it (beside.h). Functions return what went wrong, and nothing when nothing did.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,10 @@ struct SegmentRow {
   int64_t at_most, at_least, segments;  // programs, chunks
 };
 
+constexpr int64_t TABLE_FORMAT = 1;  // another one when a reader of this one would be wrong
+
 struct Table {
+  int64_t format;  // first in every format
   const Image* images;
   int64_t image_count;
   const int64_t* head_sizes;  // ascending
@@ -51,7 +54,7 @@ struct Table {
   const char* digest;  // of the manifest
 };
 
-extern const Table TABLE;
+const Table& table();
 
 // What parameters point to, under the names of the kernels' parameters; a member without a value is null.
 struct Values {
@@ -76,7 +79,7 @@ struct Launch {
 };
 
 // Whether some architecture has a cubin of that key.
-bool embedded(const std::string& key);
+bool has_image(const std::string& key);
 
 // Loads the cubin of that key for the device of the current context, once for each context.
 std::string load(const std::string& key, const Sizes& sizes, Launch& launch);

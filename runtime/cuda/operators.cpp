@@ -1,6 +1,7 @@
 #include "operators.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace gdn2::cuda {
 namespace {
@@ -9,10 +10,10 @@ constexpr size_t ALIGNMENT = 256;  // of the workspace's parts
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t largest_head() { return TABLE.head_sizes[TABLE.head_size_count - 1]; }
+int64_t largest_head() { return table().head_sizes[table().head_size_count - 1]; }
 
 int64_t head_size(int64_t size) {
-  return *std::lower_bound(TABLE.head_sizes, TABLE.head_sizes + TABLE.head_size_count, size);
+  return *std::lower_bound(table().head_sizes, table().head_sizes + table().head_size_count, size);
 }
 
 const char* name(Type type) { return type == Type::f32 ? "fp32" : type == Type::bf16 ? "bf16" : "fp16"; }
@@ -64,8 +65,8 @@ constexpr int64_t PROGRAM_CHANNELS = 64;
 int64_t programs(const Problem& p) { return p.B * p.HV * ceil_div(p.V, PROGRAM_CHANNELS); }
 
 int64_t segments(const Problem& p, int64_t chunks) {
-  for (int64_t i = 0; i < TABLE.segment_count; ++i) {
-    const SegmentRow& row = TABLE.segments[i];
+  for (int64_t i = 0; i < table().segment_count; ++i) {
+    const SegmentRow& row = table().segments[i];
     if (programs(p) <= row.at_most && chunks >= row.at_least) return row.segments;
   }
   return 1;
@@ -79,7 +80,7 @@ size_t place(size_t& end, size_t bytes) {
 
 Workspace lay_out(const Problem& p, int64_t slots, int64_t segments) {
   Workspace at = {};
-  const size_t C = TABLE.chunk, rows = slots * p.H, K = head_size(p.K), states = p.B * segments * p.HV * p.K * p.V;
+  const size_t C = table().chunk, rows = slots * p.H, K = head_size(p.K), states = p.B * segments * p.HV * p.K * p.V;
   at.y = place(at.end, rows * C * K * bytes(p.type));
   at.qd = place(at.end, rows * C * K * bytes(p.type));
   at.kt = place(at.end, rows * C * K * bytes(p.type));
@@ -96,14 +97,19 @@ Workspace lay_out(const Problem& p, int64_t slots, int64_t segments) {
 
 }  // namespace
 
+bool Problem::operator==(const Problem& other) const {
+  const auto all = [](const Problem& p) { return std::tie(p.B, p.T, p.H, p.HV, p.K, p.V, p.type); };
+  return all(*this) == all(other);
+}
+
 std::string check(const Problem& p) {
   std::string wrong = check_sizes(p);
   if (!wrong.empty()) return wrong;
   const Keys keys(p);
   for (const std::string& one : {keys.step, keys.prepare, keys.recur, keys.summarise, keys.chain}) {
-    if (!embedded(one)) {
+    if (!has_image(one)) {
       return "expected head sizes and a type that this library was built for, got " + one + ", which it does not hold; "
-             "build it with them";
+             "build it with them: gdn2 build-plugin";
     }
   }
   return {};
@@ -111,11 +117,11 @@ std::string check(const Problem& p) {
 
 size_t workspace_bytes(const Problem& largest) {
   if (largest.T <= 1) return 0;
-  const int64_t chunks = ceil_div(largest.T, TABLE.chunk);
+  const int64_t chunks = ceil_div(largest.T, table().chunk);
   size_t most = lay_out(largest, largest.B * chunks, 1).end;
   // Fewer sequences than the most may walk in segments where more do not: the most sequences of every row.
-  for (int64_t i = 0; i < TABLE.segment_count; ++i) {
-    const SegmentRow& row = TABLE.segments[i];
+  for (int64_t i = 0; i < table().segment_count; ++i) {
+    const SegmentRow& row = table().segments[i];
     Problem p = largest;
     p.B = std::min(largest.B, row.at_most / std::max<int64_t>(1, largest.HV * ceil_div(largest.V, PROGRAM_CHANNELS)));
     if (p.B > 0 && chunks >= row.at_least) most = std::max(most, lay_out(p, p.B * chunks, row.segments).end);
@@ -133,7 +139,7 @@ std::string Operator::load(const Problem& p) {
   std::string failed = check(p);
   if (!failed.empty()) return failed;
   const Keys keys(p);
-  const int64_t chunks = ceil_div(p.T, TABLE.chunk), parts = p.T == 1 ? 1 : segments(p, chunks);
+  const int64_t chunks = ceil_div(p.T, table().chunk), parts = p.T == 1 ? 1 : segments(p, chunks);
   const bool split = parts > 1;
   sizes_ = {p.B, p.T, p.H, p.HV, p.B, p.B * chunks, parts, ceil_div(chunks, parts), p.K, p.V};
   at_ = lay_out(p, p.T == 1 ? 0 : sizes_.slots, parts);
@@ -156,8 +162,8 @@ std::string Operator::run(const Tensors& x, float scale, void* workspace, void* 
                               static_cast<const void*>(x.final_state)}) {
     bits |= reinterpret_cast<uintptr_t>(pointer);
   }
-  if (bits % TABLE.pointer_alignment != 0) {
-    return "expected tensors at multiples of " + std::to_string(TABLE.pointer_alignment) + " bytes, got others";
+  if (bits % table().pointer_alignment != 0) {
+    return "expected tensors at multiples of " + std::to_string(table().pointer_alignment) + " bytes, got others";
   }
   char* const base = static_cast<char*>(workspace);
   Values values = {};

@@ -1,12 +1,12 @@
-// GDN-2 on a GPU from the cubins in this library: what gdn2_ops/kernels/{step,chunk_forward}.py launch, in C++.
+// GDN-2 on a GPU from cubins: what gdn2_ops/kernels/{step,chunk_forward}.py launch, in C++.
 //
 //   S_t = (I - k_t (b_t*k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t*v_t)^T        o_t = scale * S_t^T q_t
 //
 // q k g b [B, T, H, K]   v w o [B, T, HV, V]   state final_state [B, HV, K, V]   contiguous, in the device's memory.
 // q k v b w o share one type, g and the states are fp32. T = 1 is the kernel `step`, other T are `prepare` and `recur`,
 // with `summarise` and `chain` between them where few heads have many chunks. Both states may be the same memory. No
-// framework is known here: runtime/tensorrt is an adapter. Functions return what went wrong, and nothing when nothing
-// did.
+// framework is known here: runtime/tensorrt and runtime/onnxruntime are adapters. Functions return what went wrong, and
+// nothing when nothing did.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +22,8 @@ enum class Type : int { f32, bf16, f16 };
 struct Problem {
   int64_t B, T, H, HV, K, V;
   Type type;
+
+  bool operator==(const Problem& other) const;
 };
 
 struct Tensors {
@@ -29,7 +31,7 @@ struct Tensors {
   void *o, *final_state;
 };
 
-// Whether the sizes are ones that kernels exist for, and this library has their cubins for some architecture.
+// Whether the sizes are ones that kernels exist for, and their cubins are at hand for some architecture.
 std::string check(const Problem& problem);
 
 // Enough for every problem whose B and T are not above those of `largest`, whatever the architecture.
@@ -45,6 +47,11 @@ class Operator {
  public:
   // Chooses the kernels and loads them for the device of the current context: all that can fail for want of anything.
   std::string load(const Problem& problem);
+
+  bool is_loaded() const { return count_ > 0; }
+
+  // Of this problem alone, on the device it is loaded for.
+  size_t workspace_bytes() const { return at_.end; }
 
   // Puts the launches into the stream. No allocation, no synchronisation, no loading: fit for stream capture.
   std::string run(const Tensors& tensors, float scale, void* workspace, void* stream) const;

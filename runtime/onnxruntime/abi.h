@@ -1,4 +1,4 @@
-// The part of ONNX Runtime's C interface that library.cpp uses, declared here so that building needs no header of it.
+// The part of ONNX Runtime's C interface that this library uses, declared here so that building needs no header of it.
 //
 // OrtApi is a table of functions that only ever grows at its end, so a function is its place in the table. Names are
 // those of onnxruntime_c_api.h without the prefix Ort. A null Status is success. Calling convention: not of Windows.
@@ -10,6 +10,7 @@
 namespace ort {
 
 constexpr uint32_t API_VERSION = 17;  // the oldest with KernelContext_ParallelFor
+constexpr int CUDA_API_VERSION = 18;    // the oldest with the last two functions, which kernels on CUDA need
 
 struct Status;
 struct SessionOptions;
@@ -18,6 +19,8 @@ struct KernelInfo;
 struct KernelContext;
 struct Value;
 struct TensorTypeAndShapeInfo;
+struct Allocator;
+struct MemoryInfo;
 
 enum ErrorCode : int { FAIL = 1, INVALID_ARGUMENT = 2 };
 enum ElementType : int { FLOAT = 1, FLOAT16 = 10, BFLOAT16 = 16 };
@@ -25,7 +28,7 @@ enum MemoryType : int { DEFAULT = 0 };
 enum Characteristic : int { REQUIRED = 0 };
 
 struct Api {
-  void (*slots[275])();  // as many as are looked at; the runtime has more
+  void (*slots[279])();  // as many as are looked at; the runtime has more
 };
 
 struct ApiBase {
@@ -54,6 +57,8 @@ constexpr Slot< 51, Status*(Value* value, void** data)> GetTensorMutableData;
 constexpr Slot< 61, Status*(const TensorTypeAndShapeInfo* info, size_t* rank)> GetDimensionsCount;
 constexpr Slot< 62, Status*(const TensorTypeAndShapeInfo* info, int64_t* sizes, size_t at_most)> GetDimensions;
 constexpr Slot< 65, Status*(const Value* value, TensorTypeAndShapeInfo** info)> GetTensorTypeAndShape;
+constexpr Slot< 76, Status*(Allocator* allocator, void* memory)> AllocatorFree;
+constexpr Slot< 77, Status*(const Allocator* allocator, const MemoryInfo** info)> AllocatorGetInfo;
 constexpr Slot< 85, Status*(const KernelInfo* info, const char* name, float* value)> KernelInfoGetAttribute_float;
 constexpr Slot< 90, Status*(const KernelContext* context, size_t index, const Value** value)> KernelContext_GetInput;
 constexpr Slot< 91, Status*(KernelContext* context, size_t index, const int64_t* sizes, size_t rank, Value** value)>
@@ -61,9 +66,14 @@ constexpr Slot< 91, Status*(KernelContext* context, size_t index, const int64_t*
 constexpr Slot< 93, void(Status* status)> ReleaseStatus;
 constexpr Slot< 99, void(TensorTypeAndShapeInfo* info)> ReleaseTensorTypeAndShapeInfo;
 constexpr Slot<101, void(CustomOpDomain* domain)> ReleaseCustomOpDomain;
+constexpr Slot<132, void(Allocator* allocator)> ReleaseAllocator;
+constexpr Slot<193, Status*(const KernelContext* context, void** stream)> KernelContext_GetGPUComputeStream;
 constexpr Slot<274, Status*(const KernelContext* context, void (*body)(void* closure, size_t task), size_t tasks,
                             size_t batches, void* closure)>
     KernelContext_ParallelFor;
+constexpr Slot<277, Status*(const KernelContext* context, const MemoryInfo* info, size_t bytes, void** memory)>
+    KernelContext_GetScratchBuffer;
+constexpr Slot<278, Status*(const KernelInfo* info, int memory_type, Allocator** allocator)> KernelInfoGetAllocator;
 // clang-format on
 
 // OrtCustomOp. A runtime reads no further than what `version` had: members marked with a later one may be left null.

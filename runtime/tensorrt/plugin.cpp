@@ -175,7 +175,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return 0;
   }
 
-  const char* getTimingCacheID() noexcept override { return gdn2::cuda::TABLE.digest; }
+  const char* getTimingCacheID() noexcept override { return gdn2::cuda::table().digest; }
 
   // When an engine runs.
 
