@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+SERVE := .venv-serve
 NATIVE := CMakeLists.txt $(wildcard custom_ops/native/CMakeLists.txt custom_ops/native/*.cpp custom_ops/native/*.h) \
 	$(wildcard runtime/onnxruntime/* runtime/cuda/*)
 
@@ -22,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[onnx,genai,triton,transformers,server,examples,dev]'
 	@touch $@
 
-demo: $(STAMP)  ## one model, one ONNX file: eager, compiled and ONNX Runtime agree on real text, and how fast
-	$(BIN)/gdn2 demo
+demo: $(STAMP) $(SERVE)/installed  ## one model, one ONNX file: eager, compiled, ONNX Runtime and the server agree on real text, and how fast
+	$(BIN)/gdn2 demo --server $(SERVE)
 
 test: $(STAMP)  ## every test that runs without a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -115,8 +116,6 @@ build/peers/ggml/src/libggml-cpu.so: | $(STAMP)
 	$(BIN)/cmake --build build/peers/ggml >> build/peers/ggml.log
 
 # The server in its wheel of 2024 needs numpy < 2: an environment of its own, in which the models run.
-SERVE := .venv-serve
-
 serve-env: $(SERVE)/installed  ## Triton Inference Server and what its models need, in .venv-serve
 
 $(SERVE)/installed: constraints-serve.txt

@@ -44,9 +44,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "versions, devices and installed parts")
 
-    demo = command("demo", _demo, "eager, compiled and ONNX Runtime on real text: do they agree, how fast are they")
+    demo = command(
+        "demo", _demo, "eager, compiled, ONNX Runtime, a server on real text: do they agree, how fast are they"
+    )
     demo.add_argument("--model", type=Path, default=DEFAULT_MODEL, help=f"model folder (default {DEFAULT_MODEL})")
     demo.add_argument("-o", "--output", type=Path, help="keep the ONNX file here")
+    demo.add_argument(
+        "--server", type=Path, help="environment with Triton Inference Server (make serve-env: .venv-serve)"
+    )
 
     export = command("export", _export, "write a model for another runtime")
     export.add_argument("model", type=Path, help="model folder")
@@ -144,9 +149,9 @@ def _demo(options: argparse.Namespace) -> int:
 
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        return demo.run(options.model, options.output)
+        return demo.run(options.model, options.output, options.server)
     with tempfile.TemporaryDirectory() as folder:
-        return demo.run(options.model, Path(folder) / "model.onnx")
+        return demo.run(options.model, Path(folder) / "model.onnx", options.server)
 
 
 def _export(options: argparse.Namespace) -> int:

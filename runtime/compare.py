@@ -53,6 +53,7 @@ class Task:
 
 
 FLOAT32 = Tolerance()
+LOGITS_AFTER = 16  # bytes after the prompt, one by one
 LONG_ENOUGH = 0.3  # seconds of calls for the clock
 
 
@@ -75,11 +76,11 @@ def measure(name: str, backend: Backend, task: Task, truth: NDArray[np.float32] 
 
 
 def some_logits(backend: Backend, task: Task) -> NDArray[np.float32]:
-    """The logits on the prompt, at once, and on 16 bytes after it, one by one."""
+    """The logits on the prompt, at once, and on the first bytes of the text after it, one by one."""
     tokens = tokens_of(task.prompt)[None]
     logits, state = backend(tokens, None)
     rows = [logits[0]]
-    for byte in task.text[:16]:
+    for byte in task.text[:LOGITS_AFTER]:
         logits, state = backend(np.array([[byte]], np.int64), state)
         rows.append(logits[0])
     return np.concatenate(rows)

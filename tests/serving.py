@@ -26,7 +26,9 @@ from tritonclient import grpc
 from gdn2_ops import cli
 from gdn2_ops.export.repository_check import problems
 from gdn2_ops.runtime.client import Client
+from gdn2_ops.runtime.compare import Task, disagreements, measure, some_logits
 from gdn2_ops.runtime.generate import log_softmax
+from gdn2_ops.runtime.served import measure_served
 
 __all__ = ["repository", "server"]  # fixtures
 
@@ -88,6 +90,17 @@ def test_scores_are_those_of_eager_and_come_from_the_cache(server):
             want = np.take_along_axis(log_softmax(logits[0, :-1]), np.frombuffer(text, np.uint8)[1:, None], -1)[:, 0]
             assert answer["log_p"][0] == 0 and np.abs(np.array(answer["log_p"][1:]) - want).max(initial=0) < 1e-4
     assert metric(server, "nv_cache_num_hits_per_model", "gdn2_score") >= hits + len(texts)
+
+
+def test_what_demo_prints_of_a_server_is_that_of_eager(server):
+    task = Task(prompt=TEXT[:100], text=TEXT[100:2200], count=20)
+    want = measure("eager", EAGER, task, None)
+    got = measure_served("served", Client(server.http), task, some_logits(EAGER, task))
+    assert not disagreements([want, got])
+    assert got.bits_per_byte != want.bits_per_byte or got.logits_difference > 0  # it is another implementation
+    assert 0 < got.prefill_per_s < 1e7 and 0 < got.decode_per_s < 1e6
+    off = measure_served("served", Client(server.http), task, some_logits(EAGER, task) + np.float32(0.01))
+    assert "logits differ" in disagreements([want, off])[0]
 
 
 def test_a_state_that_travels_writes_the_bytes_of_eager(server):
