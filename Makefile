@@ -172,13 +172,13 @@ peers-fla: | $(STAMP)  ## fla-core, a peer of kernels-report and gpu-bench, into
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/peers/fla $(FLA) einops
 
 # A machine with a GPU may have no internet: it has its own torch, triton and pytest, and gets the rest as wheels.
-gpu-wheels: $(STAMP)  ## what gpu-check and gpu-bench need besides torch, triton and pytest, into dist/gpu
+gpu-wheels: $(STAMP)  ## what gpu-check and gpu-bench need besides torch, triton and pytest, into dist/gpu (EXTRA: more wheels)
 	rm -rf dist/gpu
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist/gpu .
-	$(BIN)/python -m pip download -q --no-deps -d dist/gpu $(FLA) einops
+	$(BIN)/python -m pip download -q --no-deps -d dist/gpu $(FLA) einops $(EXTRA)
 
 GPU := build/gpu-site
-ON_GPU := PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(GPU)):$(CURDIR) TRITON_INTERPRET=0 PYTHONUNBUFFERED=1 $(PYTHON)
+ON_GPU := PATH=$(abspath $(GPU))/bin:$$PATH PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(GPU)):$(CURDIR) TRITON_INTERPRET=0 PYTHONUNBUFFERED=1 $(PYTHON)
 .PHONY: gpu-site
 gpu-site:
 	@test -n "$(wildcard dist/gpu/*.whl)" || { echo "no wheels in dist/gpu: run make gpu-wheels where there is internet, and bring dist/gpu along"; exit 2; }

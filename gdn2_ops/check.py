@@ -140,6 +140,8 @@ def _runners(file: Path, model: onnx.ModelProto, opset: int, bodies: Sequence[st
         REFERENCE: lambda: OnnxReference(model),
         "ONNX Runtime": lambda: OnnxRuntime(file),
         "ONNX Runtime + library": lambda: OnnxRuntime(file, library=True),
+        "ONNX Runtime on CUDA": lambda: OnnxRuntime(file, cuda=True),
+        "ONNX Runtime on CUDA + library": lambda: OnnxRuntime(file, cuda=True, library=True),
     }
     for kind in bodies:
         changed = with_body(onnx.load(file, load_external_data=False), function_body(kind, opset))

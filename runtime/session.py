@@ -28,9 +28,15 @@ class OnnxRuntime:
     """A `runtime.runner.Runner` in ONNX Runtime. Args: those of `open_session`, and what it raises."""
 
     def __init__(
-        self, model: str | Path | bytes, *, threads: int = 0, library: bool = False, weights_folder: Path | None = None
+        self,
+        model: str | Path | bytes,
+        *,
+        threads: int = 0,
+        library: bool = False,
+        weights_folder: Path | None = None,
+        cuda: bool = False,
     ) -> None:
-        self._session = open_session(model, threads=threads, library=library, weights_folder=weights_folder)
+        self._session = open_session(model, threads=threads, library=library, weights_folder=weights_folder, cuda=cuda)
         self.inputs = [self._port(x) for x in self._session.get_inputs()]
         self.outputs = [self._port(x) for x in self._session.get_outputs()]
 
@@ -48,23 +54,29 @@ class OnnxRuntimeBackend(LanguageModel):
     Args: those of `open_language_model`, and what it raises.
     """
 
-    def __init__(self, file: str | Path, *, threads: int = 0, library: bool = False) -> None:
-        super().__init__(OnnxRuntime(file, threads=threads, library=library))
+    def __init__(self, file: str | Path, *, threads: int = 0, library: bool = False, cuda: bool = False) -> None:
+        super().__init__(OnnxRuntime(file, threads=threads, library=library, cuda=cuda))
 
 
 def open_session(
-    model: str | Path | bytes, *, threads: int = 0, library: bool = False, weights_folder: Path | None = None
+    model: str | Path | bytes,
+    *,
+    threads: int = 0,
+    library: bool = False,
+    weights_folder: Path | None = None,
+    cuda: bool = False,
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU.
+    """A session on the CPU, or on CUDA.
 
     Args:
         model: an ONNX file, or a serialised model.
         threads: of the session; 0 leaves it to ONNX Runtime.
         library: run `gdn2::GatedDeltaNet2` nodes with our kernels (`runtime.onnxruntime_library`), not their bodies.
         weights_folder: where a serialised model's external data is.
+        cuda: with the CUDAExecutionProvider, float32 products not in TF32. The library has kernels there too.
 
-    Raises: FileNotFoundError: no such file. ImportError: a package or the library is not installed. ONNX Runtime's own
-        errors: it cannot run the model.
+    Raises: FileNotFoundError: no such file. ImportError: a package or the library is not installed. RuntimeError: CUDA
+        cannot be used here. ONNX Runtime's own errors: it cannot run the model.
     """
     try:
         import onnxruntime
@@ -78,9 +90,18 @@ def open_session(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
     if library:
         onnxruntime_library.register(options)
-    return onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+    providers: list = [("CUDAExecutionProvider", {"use_tf32": "0"})] if cuda else []
+    if cuda and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise ImportError("gdn2_ops.runtime.session needs ONNX Runtime for CUDA: pip install onnxruntime-gpu instead")
+    session = onnxruntime.InferenceSession(
+        model if isinstance(model, bytes) else str(model),
+        options,
+        providers=[*providers, "CPUExecutionProvider"],
+        enable_fallback=0,
     )
+    if cuda and "CUDAExecutionProvider" not in session.get_providers():
+        raise RuntimeError("expected a session on CUDA, got one on the CPU; ONNX Runtime logged what it lacks")
+    return session
 
 
 def open_language_model(file: str | Path, *, threads: int = 0, library: bool = False) -> onnxruntime.InferenceSession:

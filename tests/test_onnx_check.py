@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 from onnx_files import one_node
@@ -15,7 +16,7 @@ from gdn2_ops.export.onnx_schema import DOMAIN, INPUTS, OP, OPSET
 from gdn2_ops.model import GDN2LM
 from gdn2_ops.runtime.hard_feeds import hard_feeds
 from gdn2_ops.runtime.onnx_reference import OnnxReference
-from gdn2_ops.runtime.session import OnnxRuntime
+from gdn2_ops.runtime.session import OnnxRuntime, open_session
 
 TINY = Path(__file__).parents[1] / "examples" / "models" / "tiny"
 WRONG = onnx.parser.parse_function(
@@ -53,8 +54,21 @@ def test_the_tiny_model_is_the_same_everywhere(tiny, monkeypatch, capsys):
     assert "text: 2,048 bytes of held-out modules, 128 bytes generated" in out
     assert "text: 256 bytes of held-out modules, 16 bytes generated" in out
     assert "pip install tensorrt_rtx" in out
+    assert out.count("not found: ONNX Runtime on CUDA") == 2 and "pip install onnxruntime-gpu" in out
     for body in BODIES:
         assert out.count(f"ONNX Runtime, body {body} ") == 2
+
+
+def test_no_session_on_cuda_is_one_on_the_cpu(monkeypatch):
+    """Where ONNX Runtime has no CUDA, and where it has and cannot use it, which it only warns of."""
+    file = one_node("scan").SerializeToString()
+    has = ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: has)
+    with pytest.raises(ImportError, match="pip install onnxruntime-gpu"):
+        open_session(file, cuda=True)
+    has.append("CUDAExecutionProvider")
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="expected a session on CUDA, got one on the CPU"):
+        open_session(file, cuda=True)
 
 
 def test_a_wrong_body_is_found_out_and_our_kernels_are_right(tmp_path, capsys):
