@@ -150,7 +150,8 @@ soak: $(STAMP) $(SERVE)/installed  ## ten minutes of traffic on the real server:
 TRT := build/tensorrt
 RTX := tensorrt-rtx-cu13
 LEAN := tensorrt-lean-cu13
-test-tensorrt: $(STAMP) $(TRT)/lean-10.15.1.29 $(TRT)/lean-11.4.0.106 $(TRT)/rtx-1.7.1.116  ## the TensorRT plugin, and ONNX Runtime's kernels on CUDA, without a GPU: what is proven, rung by rung (190 MB of wheels)
+TRT_WHEELS := lean-10.15.1.29 lean-11.4.0.106 rtx-1.7.1.116 bindings-10.15.1.29 bindings-11.4.0.106 polygraphy-0.53.6
+test-tensorrt: $(STAMP) $(TRT_WHEELS:%=$(TRT)/%)  ## the TensorRT plugin, and ONNX Runtime's kernels on CUDA, without a GPU: what is proven, rung by rung (190 MB of wheels)
 	$(BIN)/python -m pytest -v --no-header -rs tests/trt $(ARGS)
 
 $(TRT)/lean-%: | $(STAMP)
@@ -159,6 +160,14 @@ $(TRT)/lean-%: | $(STAMP)
 
 $(TRT)/rtx-%: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target $@.part $(RTX)==$* $(RTX)-libs==$* $(RTX)-bindings==$*
+	mv $@.part $@
+
+$(TRT)/bindings-%: | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --target $@.part tensorrt-cu13-bindings==$*
+	mv $@.part $@
+
+$(TRT)/polygraphy-%: | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --target $@.part polygraphy==$*
 	mv $@.part $@
 
 kernels: $(STAMP)  ## every GPU kernel as cubins in build/kernels, without a GPU (half an hour on 2 cores; ARGS selects)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from gdn2_ops.export.cubins import write_table
 from gdn2_ops.export.kernels import Build, build_kernels
+from gdn2_ops.runtime.tensorrt_library import LIBRARY
 
 SOURCES = Path(__file__).resolve().parent.parent / "runtime"
-LIBRARY = "libgdn2_tensorrt.so"
 TARGETS = {"tensorrt": (LIBRARY, SOURCES / "tensorrt"), "onnxruntime": ("libgdn2_cubins.so", SOURCES / "cuda")}
 
 

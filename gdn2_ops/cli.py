@@ -55,18 +55,24 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", _export, "write a model for another runtime")
     export.add_argument("model", type=Path, help="model folder")
-    targets = ["onnx", "aoti", "genai", "triton-repository"]
-    export.add_argument("--to", choices=targets, required=True, help="aoti: a .pt2 package")
+    targets = ["onnx", "aoti", "tensorrt", "genai", "triton-repository"]
+    export.add_argument("--to", choices=targets, required=True, help="aoti: a .pt2 package; tensorrt: a plan")
     export.add_argument("-o", "--output", type=Path, required=True, help="file, or for the last two folder, to write")
     export.add_argument(
         "--body", default="chunk", help="of the ONNX node: chunk (default), scan, linear_attention or none"
     )
     export.add_argument("--opset", type=int, help="onnx: of the standard operators (default 21)")
-    export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="onnx: of the weights")
+    export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="onnx, tensorrt: of the weights")
     export.add_argument("--quantize", choices=["int8"], help="onnx: 8 bits for weights")
     export.add_argument("--library", action="store_true", help="genai: put our ONNX Runtime kernels into the folder")
     export.add_argument("--tokenizer", type=Path, help="genai: folder of the tokenizer (default: tokens are bytes)")
-
+    export.add_argument("--batch", type=int, help="tensorrt: most sequences in a call (default 8)")
+    export.add_argument("--tokens", type=int, help="... most tokens of a prompt in a call (default 1024)")
+    export.add_argument("--plugin", help="... its library, '' for none (default: of gdn2 build-plugin)")
+    export.add_argument("--timing-cache", type=Path, help="... file that makes the next build faster")
+    export.add_argument(
+        "--dry-run", action="store_true", help="... only write the ONNX file, and print the lines that build the plan"
+    )
     export.add_argument("--backend", help="triton-repository: python (default), onnxruntime or tensorrt")
     export.add_argument("--slots", type=int, help="... sequences decoded at a time (default 64)")
     export.add_argument("--threads", type=int, help="... threads of ONNX Runtime (default: its own choice)")
@@ -115,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     client.add_argument("--canary", action="store_true", help="only ask every model for an answer: a liveness probe")
 
     generate = command("generate", _generate, "continue a prompt with the most probable bytes")
-    generate.add_argument("model", type=Path, help="model folder, .onnx file or .pt2 package")
+    generate.add_argument("model", type=Path, help="model folder, .onnx file, .pt2 package or .plan of TensorRT")
     generate.add_argument("--prompt", help="text to continue; without it, standard input")
     generate.add_argument("--count", type=int, default=128, help="bytes to write (default 128)")
     generate.add_argument("--library", action="store_true", help="run an .onnx file with our ONNX Runtime kernels")
@@ -159,8 +165,16 @@ def _export(options: argparse.Namespace) -> int:
 
     if options.to != "genai" and (options.library or options.tokenizer):
         raise ValueError(f"expected --library and --tokenizer with --to genai, got --to {options.to}")
-    if options.to != "onnx" and (options.dtype or options.quantize or options.opset):
-        raise ValueError(f"expected --dtype, --quantize and --opset with --to onnx, got --to {options.to}")
+    if options.to not in ("onnx", "tensorrt") and options.dtype:
+        raise ValueError(f"expected --dtype with --to onnx or tensorrt, got --to {options.to}")
+    if options.to != "onnx" and (options.quantize or options.opset):
+        raise ValueError(f"expected --quantize and --opset with --to onnx, got --to {options.to}")
+    of_plans = (options.batch, options.tokens, options.plugin, options.timing_cache, options.dry_run or None)
+    if options.to != "tensorrt" and any(x is not None for x in of_plans):
+        raise ValueError(
+            "expected --batch, --tokens, --plugin, --timing-cache and --dry-run with --to tensorrt, "
+            f"got --to {options.to}"
+        )
     of_repositories = (options.backend, options.slots, options.threads, options.server_library)
     if options.to != "triton-repository" and any(x is not None for x in of_repositories):
         raise ValueError(
@@ -172,6 +186,8 @@ def _export(options: argparse.Namespace) -> int:
     if not options.output.parent.is_dir():
         raise FileNotFoundError(f"expected an existing folder to write to, got {str(options.output.parent)!r}")
     model = GDN2LM.from_pretrained(options.model)
+    if options.to == "tensorrt":
+        return _export_plan(model, options)
     if options.to == "genai":
         from gdn2_ops.export import genai
 
@@ -191,17 +207,43 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _export_onnx(model, options: argparse.Namespace) -> Path:
-    import torch
-
     from gdn2_ops.export.onnx import OPSET, export
     from gdn2_ops.export.onnx_quantize import quantize_int8
 
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    write = partial(export, model, body=options.body, opset=options.opset or OPSET, dtype=dtype)
+    write = partial(export, model, body=options.body, opset=options.opset or OPSET, dtype=_dtype(options))
     if options.quantize is None:
         return write(options.output)
     with tempfile.TemporaryDirectory() as folder:
         return quantize_int8(write(Path(folder) / "model.onnx"), options.output)
+
+
+def _dtype(options: argparse.Namespace):
+    import torch
+
+    return None if options.dtype is None else getattr(torch, options.dtype)
+
+
+def _export_plan(model, options: argparse.Namespace) -> int:
+    from gdn2_ops.export import tensorrt
+    from gdn2_ops.export.tensorrt_commands import Sizes
+
+    given = {"batch": options.batch, "tokens": options.tokens}
+    sizes = Sizes(**{name: value for name, value in given.items() if value is not None})
+    of_file = {"body": options.body, "dtype": _dtype(options)}
+    of_build = {"plugin": options.plugin, "timing_cache": options.timing_cache}
+    if options.dry_run:
+        print("\n\n".join(tensorrt.dry_run(model, options.output, sizes, **of_file, **of_build)))
+        return 0
+    try:
+        built = tensorrt.export(model, options.output, sizes, **of_file, **of_build, report=tensorrt.progress_bar())
+    except RuntimeError as error:  # there is no GPU, or TensorRT refuses
+        print(f"gdn2: error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"wrote {options.output} ({built.size:,} bytes): TensorRT {built.version}, {built.layers} layers, "
+        f"{built.plugins} of them plugins, {built.seconds:.0f} s"
+    )
+    return 0
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -291,7 +333,13 @@ def _check(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from gdn2_ops.runtime.generate import generate
 
-    backend = _backend(options.model, options.library)
+    try:
+        backend = _backend(options.model, options.library)
+    except RuntimeError as error:  # there is no GPU, or TensorRT refuses
+        if options.model.suffix != ".plan":
+            raise
+        print(f"gdn2: error: {error}", file=sys.stderr)
+        return 1
     prompt = sys.stdin.buffer.read() if options.prompt is None else options.prompt.encode()
     for byte in generate(backend, prompt, options.count):
         sys.stdout.buffer.write(byte)
@@ -353,6 +401,10 @@ def _backend(model: Path, library: bool):
         return OnnxRuntimeBackend(model, library=library)
     if library:
         raise ValueError(f"expected an .onnx file with --library, got {str(model)!r}; gdn2 export writes one")
+    if model.suffix == ".plan":
+        from gdn2_ops.runtime.tensorrt_session import TensorRTBackend
+
+        return TensorRTBackend(model)
     from gdn2_ops.backends import PackageBackend, TorchBackend
     from gdn2_ops.model import GDN2LM
 

@@ -26,6 +26,7 @@ ABOVE = (
     "export.kernels",
     "export.cubins",
     "export.plugin",
+    "export.tensorrt",
     "runtime",
     "check",
     "demo",
@@ -59,7 +60,8 @@ ARROWS = {
     "export": ("export", "custom_ops", "compiled"),
     "export.kernels": ("kernels",),  # the kernels themselves are what it writes
     "export.cubins": ("kernels", "export.kernels"),
-    "export.plugin": ("export.kernels", "export.cubins"),
+    "export.plugin": ("export.kernels", "export.cubins", "runtime"),
+    "export.tensorrt": ("export", "compiled", "runtime"),
     "runtime": ("runtime", "compiled"),
     "check": ("corpus", "backends", "model", "export", "runtime"),
     "demo": ("corpus", "backends", "model", "export", "runtime"),

@@ -1,17 +1,25 @@
 """What the rungs share: the plugin library, a host that drives it, a driver that records."""
 
+import ctypes
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from gdn2_ops.export.onnx import export
+from gdn2_ops.model import GDN2LM
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 WHEELS = ROOT / "build" / "tensorrt"  # one folder for each wheel and version: make test-tensorrt
+COMPILER = ["c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
 RUNGS: dict[str, tuple[str, list[str]]] = {}  # module: what it proves, outcomes
 
 
@@ -25,9 +33,19 @@ class Built:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Built:
-    folder = tmp_path_factory.mktemp("plugin")
-    run([sys.executable, str(HERE / "build.py"), str(folder)], env=os.environ | {"TRITON_INTERPRET": "0"}, timeout=900)
+def built() -> Built:
+    """Built again when a source of it has changed."""
+    folder = WHEELS / "plugin"
+    files = [*(ROOT / "gdn2_ops" / "kernels").glob("*.py"), HERE / "build.py"]
+    files += [ROOT / "export" / f"{name}.py" for name in ("kernels", "cubins", "plugin")]
+    files += [file for name in ("cuda", "tensorrt") for file in (ROOT / "runtime" / name).iterdir()]
+    texts = [version("triton").encode(), *(file.read_bytes() for file in sorted(files))]
+    digest, known = hashlib.sha256(b"".join(texts)).hexdigest(), folder / "digest"
+    if not known.is_file() or known.read_text() != digest:
+        shutil.rmtree(folder, ignore_errors=True)
+        env = os.environ | {"TRITON_INTERPRET": "0"}
+        run([sys.executable, str(HERE / "build.py"), str(folder)], env=env, timeout=900)
+        known.write_text(digest)
     manifest = json.loads((folder / "cubins" / "manifest.json").read_text())
     entries = {entry["name"]: entry for entry in manifest["kernels"]}
     return Built(folder / "libgdn2_tensorrt.so", folder / "cubins", entries)
@@ -46,12 +64,11 @@ class Session:
 def drive(built, tmp_path_factory):
     """Runs a script in the host. driver: with the recording libcuda, else without any."""
     folder = tmp_path_factory.mktemp("host")
-    compiler = ["c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
     host, cuda = folder / "host", folder / "cuda" / "libcuda.so.1"
     cuda.parent.mkdir()
     abi = ROOT / "runtime" / "tensorrt"
-    run([*compiler, f"-I{abi}", "-rdynamic", HERE / "host.cpp", "-o", host, "-ldl", "-pthread"])
-    run([*compiler, "-shared", "-fPIC", HERE / "recording_cuda.cpp", "-o", cuda])
+    run([*COMPILER, f"-I{abi}", "-rdynamic", HERE / "host.cpp", "-o", host, "-ldl", "-pthread"])
+    run([*COMPILER, "-shared", "-fPIC", HERE / "recording_cuda.cpp", "-o", cuda])
 
     def driven(script: list[str], *, arch: int = 90, driver: bool = True) -> Session:
         record = tmp_path_factory.mktemp("record")
@@ -68,6 +85,32 @@ def drive(built, tmp_path_factory):
         return Session(lines[1:], done.stderr.splitlines(), images)
 
     return driven
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """The ONNX file of the model `tiny`."""
+    model = GDN2LM.from_pretrained(ROOT / "examples" / "models" / "tiny")
+    return export(model, tmp_path_factory.mktemp("onnx") / "tiny.onnx")
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory) -> ctypes.CDLL:
+    """A driver whose device is host memory. Whoever opens libcuda.so.1 in this process gets it."""
+    library = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
+    name = "-Wl,-soname,libcuda.so.1"
+    run([*COMPILER, "-shared", "-fPIC", name, HERE / "standin_cuda.cpp", "-o", library])
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def standin(cuda, monkeypatch, tmp_path):
+    """The stand-in for the package tensorrt, with that driver. Returns what was built and run, so far."""
+    monkeypatch.syspath_prepend(HERE / "standin")
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setenv("GDN2_TRT_LOG", str(tmp_path / "standin.log"))
+    yield lambda: [json.loads(line) for line in (tmp_path / "standin.log").read_text().splitlines()]
+    sys.modules.pop("tensorrt", None)
 
 
 def run(command: list, **options) -> str:

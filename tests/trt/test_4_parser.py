@@ -12,17 +12,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from gdn2_ops.export.onnx import export
-from gdn2_ops.model import GDN2LM
-
 HERE = Path(__file__).parent
 SEARCHED = "Searching for plugin: GatedDeltaNet2, plugin_version: 1, plugin_namespace: gdn2"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    model = GDN2LM.from_pretrained(HERE.parent.parent / "examples" / "models" / "tiny")
-    return export(model, tmp_path_factory.mktemp("onnx") / "tiny.onnx")
 
 
 @pytest.fixture
@@ -35,15 +26,15 @@ def parse(wheel):
     return parsed
 
 
-def test_the_parser_finds_the_plugin(parse, tiny, built):
-    done = parse(tiny, built.library)
+def test_the_parser_finds_the_plugin(parse, exported, built):
+    done = parse(exported, built.library)
     assert done.returncode == -signal.SIGABRT
     assert SEARCHED in done.stdout and "INFO Successfully created plugin: GatedDeltaNet2" in done.stdout
     assert "ERROR" not in done.stdout
 
 
-def test_a_refusal_of_the_creator_is_in_the_parser_s_log(parse, tiny, built, tmp_path):
-    model = onnx.load(tiny)
+def test_a_refusal_of_the_creator_is_in_the_parser_s_log(parse, exported, built, tmp_path):
+    model = onnx.load(exported)
     node = next(node for node in model.graph.node if node.op_type == "GatedDeltaNet2")
     node.attribute.remove(next(attribute for attribute in node.attribute if attribute.name == "scale"))
     onnx.save(model, tmp_path / "without.onnx")
@@ -52,7 +43,7 @@ def test_a_refusal_of_the_creator_is_in_the_parser_s_log(parse, tiny, built, tmp
     assert "ERROR gdn2::GatedDeltaNet2: expected the field scale, a float, got a node without it" in done.stdout
 
 
-def test_without_the_plugin_the_body_is_built(parse, tiny):
-    done = parse(tiny)
+def test_without_the_plugin_the_body_is_built(parse, exported):
+    done = parse(exported)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("built ") and "for TensorRT-RTX 1.7.1.116" in done.stdout
