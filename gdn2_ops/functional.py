@@ -57,7 +57,7 @@ def chunk(
     Returns: o [B, T, HV, V], dtype of q; state [N, HV, K, V] float32, after the last token of each sequence.
     Raises: ValueError, TypeError: an argument does not match the list above.
     Differentiable once in every floating tensor. The values of g, b, w and k are not checked: with b up to 1
-    and no decay a state can still grow (docs/derivation.md, Stability). Source: arXiv 2605.22791, eq. 10.
+    and no decay a state can still grow; `gdn2_ops.guard_erase` prevents it. Source: arXiv 2605.22791, eq. 10.
     """
     try:
         return GDN2Output(*call(_CHUNK, q, k, v, g, b, w, state, cu_seqlens, _scale(scale, q)))

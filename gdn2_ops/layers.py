@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gdn2_ops import functional
+from gdn2_ops import functional, stability
 
 OUTPUT_GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -82,6 +82,7 @@ class GatedDeltaNet2(nn.Module):
         expand_v: V = head_dim * expand_v.
         use_short_conv, conv_size: the convolution of q, k and v and its width.
         allow_neg_eigval: doubles b, to [0, 2].
+        guard_erase: b goes through `gdn2_ops.guard_erase`, so that no token makes a state grow.
         output_gate: "silu" (the paper) or "sigmoid" (one public re-implementation; their weights do not mix).
         norm_eps: of the output norm.
 
@@ -100,6 +101,7 @@ class GatedDeltaNet2(nn.Module):
         use_short_conv: bool = True,
         conv_size: int = 4,
         allow_neg_eigval: bool = False,
+        guard_erase: bool = False,
         output_gate: str = "silu",
         norm_eps: float = 1e-5,
     ) -> None:
@@ -116,7 +118,7 @@ class GatedDeltaNet2(nn.Module):
         if use_short_conv and conv_size < 2:
             raise ValueError(f"expected conv_size >= 2, got {conv_size}; use_short_conv=False leaves it out")
         self.use_short_conv, self.conv_size = use_short_conv, conv_size
-        self.allow_neg_eigval, self.output_gate = allow_neg_eigval, output_gate
+        self.allow_neg_eigval, self.guard_erase, self.output_gate = allow_neg_eigval, guard_erase, output_gate
         key_dim, value_dim = num_heads * head_dim, self.num_v_heads * self.head_v_dim
         self.channels = [key_dim, key_dim, value_dim]
 
@@ -200,6 +202,7 @@ class GatedDeltaNet2(nn.Module):
         b = self.b_proj(x).sigmoid().unflatten(-1, keys)
         w = self.w_proj(x).sigmoid().unflatten(-1, values)
         b = 2 * b if self.allow_neg_eigval else b
+        b = stability.guard_erase(k, b, g) if self.guard_erase else b
         return _Inputs(q, k, v.unflatten(-1, values), g, b, w), conv
 
     def _qkv(self, x: Tensor) -> Tensor:

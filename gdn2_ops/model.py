@@ -43,6 +43,7 @@ class GDN2Config:
     use_short_conv: bool = True
     conv_size: int = 4
     allow_neg_eigval: bool = False
+    guard_erase: bool = False
     output_gate: str = "silu"
     attention_every: int = 0
     num_attention_heads: int = 18
@@ -259,6 +260,7 @@ def _mixer(config: GDN2Config, i: int) -> Mixer:
         use_short_conv=config.use_short_conv,
         conv_size=config.conv_size,
         allow_neg_eigval=config.allow_neg_eigval,
+        guard_erase=config.guard_erase,
         output_gate=config.output_gate,
         norm_eps=config.norm_eps,
     )

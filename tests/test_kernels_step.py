@@ -113,6 +113,7 @@ WRONG_LAYER = {
     "strides": ({"window": torch.zeros(2, 3, 96).mT}, ValueError, "expected contiguous window"),
     "no slots": ({"state": torch.zeros(3, 1, 32, 32), "window": torch.zeros(3, 96, 3)}, ValueError, "2 rows, got 3"),
     "a gate": ({"output_gate": "relu"}, ValueError, "silu or sigmoid, got 'relu'"),
+    "a guard": ({"guard_erase": True}, NotImplementedError, "expected a layer without guard_erase"),
 }
 
 

@@ -15,6 +15,7 @@ ABOVE = (
     "gdn2_ops",
     "functional",
     "gates",
+    "stability",
     "layers",
     "model",
     "decoder",
@@ -48,7 +49,8 @@ ARROWS = {
     # above: who uses the operators
     "functional": ("contract", "autocast", "autograd"),
     "gates": (),
-    "layers": ("functional",),
+    "stability": (),
+    "layers": ("functional", "stability"),
     "corpus": (),
     "tasks": (),
     "model": ("layers", "functional", "corpus"),
@@ -66,7 +68,7 @@ ARROWS = {
     "check": ("corpus", "backends", "model", "export", "runtime"),
     "demo": ("corpus", "backends", "model", "export", "runtime"),
     "cli": (*ABOVE, "contract", "compiled"),  # `gdn2 info` lists the schemas
-    "gdn2_ops": ("functional", "gates", "layers", "model", "decoder", "reference"),
+    "gdn2_ops": ("functional", "gates", "layers", "model", "decoder", "reference", "stability"),
 }
 LIBRARIES = {  # what a layer may import besides the standard library, where that is bounded
     "contract": ("torch",),
@@ -78,6 +80,7 @@ LIBRARIES = {  # what a layer may import besides the standard library, where tha
     "reference": ("torch",),
     "functional": ("torch",),
     "gates": ("torch",),
+    "stability": ("torch",),
 }
 NEVER_AT_LOAD = {"runtime": ("torch",)}  # a server of exported files starts without it
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gdn2_ops import reference
+from gdn2_ops import guard_erase, reference
 from gdn2_ops.layers import GatedDeltaNet2, SlidingWindowAttention
 
 D = 24
@@ -18,6 +18,7 @@ OPTIONS = {
     "negative eigenvalues": {"allow_neg_eigval": True},
     "sigmoid gate": {"output_gate": "sigmoid"},
     "width 2": {"conv_size": 2},
+    "guard": {"guard_erase": True},
 }
 
 
@@ -53,6 +54,7 @@ def by_the_book(layer: GatedDeltaNet2, x: torch.Tensor) -> torch.Tensor:
     w = heads(torch.sigmoid(x @ layer.w_proj.weight.T), layer.head_v_dim)
     f = x @ layer.f_proj[0].weight.T @ layer.f_proj[1].weight.T + layer.dt_bias
     g = -layer.A_log.exp()[:, None] * heads(torch.log(1 + f.exp()), layer.head_dim)
+    b = guard_erase(k, b, g) if layer.guard_erase else b
     o, _ = reference.recurrent(q, k, v, g, b, w)
     o = o / (o.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * layer.o_norm.weight
     gate = heads(x @ layer.g_proj[0].weight.T @ layer.g_proj[1].weight.T + layer.g_proj[1].bias, layer.head_v_dim)

@@ -14,7 +14,7 @@ from gdn2_ops.model import GDN2LM, GDN2Config
 SMALL = GDN2Config(
     vocab_size=64, hidden_size=32, num_layers=2, intermediate_size=48, num_heads=2, num_v_heads=4, head_dim=8
 )
-HYBRID = dataclasses.replace(SMALL, attention_every=2, num_attention_heads=2, window=7)
+HYBRID = dataclasses.replace(SMALL, attention_every=2, num_attention_heads=2, window=7, guard_erase=True)
 
 
 def small(config: GDN2Config = SMALL) -> GDN2LM:

@@ -213,6 +213,7 @@ def step_layer(
     scale: float | None = None,
     norm_eps: float = 1e-5,
     allow_neg_eigval: bool = False,
+    guard_erase: bool = False,
     output_gate: str = "silu",
 ) -> Tensor:
     """One token of a `GatedDeltaNet2` layer between its projections; window and state are overwritten.
@@ -224,10 +225,16 @@ def step_layer(
         slots: as `step_inplace`: row n of the token is row slots[n] of window and state. None is row n.
         scale: of the outputs. None is K ** -0.5.
         norm_eps, allow_neg_eigval, output_gate: of the layer.
+        guard_erase: of the layer; True is refused, the kernel has no guard.
 
     Returns: y [N, HV * V], dtype of the token: the input of o_proj.
-    Raises: ValueError, TypeError: an argument does not match the list above. Source: arXiv 2605.22791, section 3.
+    Raises: ValueError, TypeError: an argument does not match the list above. NotImplementedError: guard_erase.
+    Source: arXiv 2605.22791, section 3.
     """
+    if guard_erase:
+        raise NotImplementedError(
+            "gdn2_ops.kernels.step_layer: expected a layer without guard_erase, got one with it; call the layer's step"
+        )
     (_, HV, K, V), H = state.shape, weights.A_log.shape[0]
     _check(token, weights, window, state, slots, output_gate)
     width = 0 if weights.convolution is None else weights.convolution.shape[1]
