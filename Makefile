@@ -76,8 +76,9 @@ examples/web/node_modules/.package-lock.json: examples/web/package-lock.json | $
 web-serve: web  ## ... and serve it on http://127.0.0.1:8000
 	$(BIN)/python -m http.server -b 127.0.0.1 -d $(WEB) 8000
 
-test-web: web  ## the page's code in Node and the page in a headless Chromium write the bytes of eager PyTorch
+test-web: web  ## the page's code in Node and the page in a headless Chromium write the bytes of eager PyTorch; gdn2 check
 	$(WITH_NODE) node --test examples/web/test/*.test.js
+	$(WITH_NODE) $(BIN)/python -m pytest -q tests/web.py
 
 bench-web: web  ## the function bodies in onnxruntime-web against each other, in Node
 	$(WITH_NODE) node examples/web/test/bench.js

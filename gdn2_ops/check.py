@@ -29,6 +29,7 @@ from gdn2_ops.runtime.compare import FLOAT32, Task, Tolerance, disagreements, me
 from gdn2_ops.runtime.generate import Backend
 from gdn2_ops.runtime.hard_feeds import NODE, Feed, fixed_shapes, hard_feeds
 from gdn2_ops.runtime.onnx_reference import OnnxReference
+from gdn2_ops.runtime.onnxruntime_web import OnnxRuntimeWeb
 from gdn2_ops.runtime.runner import LanguageModel, Port, Runner
 from gdn2_ops.runtime.session import OnnxRuntime
 
@@ -142,6 +143,7 @@ def _runners(file: Path, model: onnx.ModelProto, opset: int, bodies: Sequence[st
         "ONNX Runtime + library": lambda: OnnxRuntime(file, library=True),
         "ONNX Runtime on CUDA": lambda: OnnxRuntime(file, cuda=True),
         "ONNX Runtime on CUDA + library": lambda: OnnxRuntime(file, cuda=True, library=True),
+        "onnxruntime-web": lambda: OnnxRuntimeWeb(file),
     }
     for kind in bodies:
         changed = with_body(onnx.load(file, load_external_data=False), function_body(kind, opset))

@@ -14,6 +14,7 @@ from gdn2_ops.export.onnx import export
 from gdn2_ops.export.onnx_bodies import BODIES, float64_body, function_body, with_body
 from gdn2_ops.export.onnx_schema import DOMAIN, INPUTS, OP, OPSET
 from gdn2_ops.model import GDN2LM
+from gdn2_ops.runtime import onnxruntime_web
 from gdn2_ops.runtime.hard_feeds import hard_feeds
 from gdn2_ops.runtime.onnx_reference import OnnxReference
 from gdn2_ops.runtime.session import OnnxRuntime, open_session
@@ -33,9 +34,10 @@ WITHOUT_NODES = helper.make_model(
 
 
 @pytest.fixture(autouse=True)
-def no_builder(monkeypatch):
-    """TensorRT-RTX is a wheel that few have, and a build takes seconds."""
+def what_few_have(monkeypatch):
+    """TensorRT-RTX, whose builds take seconds, and onnxruntime-web, which has tests of its own."""
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    monkeypatch.setattr(onnxruntime_web, "FOLDERS", ())
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def test_the_tiny_model_is_the_same_everywhere(tiny, monkeypatch, capsys):
     assert "All 7 backends agree: torch eager, onnx reference, ONNX Runtime, ONNX Runtime + library, " in out
     assert "text: 2,048 bytes of held-out modules, 128 bytes generated" in out
     assert "text: 256 bytes of held-out modules, 16 bytes generated" in out
-    assert "pip install tensorrt_rtx" in out
+    assert "pip install tensorrt_rtx" in out and "npm install onnxruntime-web" in out
     assert out.count("not found: ONNX Runtime on CUDA") == 2 and "pip install onnxruntime-gpu" in out
     for body in BODIES:
         assert out.count(f"ONNX Runtime, body {body} ") == 2
