@@ -13,10 +13,11 @@ from pathlib import Path
 
 from gdn2_ops.export.cubins import write_table
 from gdn2_ops.export.kernels import Build, build_kernels
+from gdn2_ops.runtime.onnxruntime_library import CUBINS
 from gdn2_ops.runtime.tensorrt_library import LIBRARY
 
 SOURCES = Path(__file__).resolve().parent.parent / "runtime"
-TARGETS = {"tensorrt": (LIBRARY, SOURCES / "tensorrt"), "onnxruntime": ("libgdn2_cubins.so", SOURCES / "cuda")}
+TARGETS = {"tensorrt": (LIBRARY, SOURCES / "tensorrt"), "onnxruntime": (CUBINS, SOURCES / "cuda")}
 
 
 def build(

@@ -14,6 +14,8 @@ from gdn2_ops.compiled import find_library
 if TYPE_CHECKING:
     import onnxruntime
 
+CUBINS = "libgdn2_cubins.so"  # the name that runtime/cuda/beside.cpp opens
+
 
 def path() -> Path:
     """The library's file. Raises: ImportError: the package was installed without it."""
@@ -22,7 +24,7 @@ def path() -> Path:
 
 def cubins() -> Path:
     """The file of the kernels for GPUs. Raises: ImportError: it has not been built into the package."""
-    return find_library("libgdn2_cubins.so", "build it, which needs no GPU: gdn2 build-plugin --for onnxruntime")
+    return find_library(CUBINS, "build it, which needs no GPU: gdn2 build-plugin --for onnxruntime")
 
 
 def register(options: onnxruntime.SessionOptions) -> Path:

@@ -115,11 +115,14 @@ def assert_parts_lie_apart(parts: dict[int, int], tensors: dict[int, int], begin
     assert end <= begin + size, "the workspace is too small"
 
 
-def launches_of(lines: list[dict]) -> list[tuple[list[dict], list[dict], dict]]:
-    """For each problem of a session: what was loaded or launched before enqueue, in it, and the host's result."""
+def launches_of(lines: list[dict], result: str = "configured") -> list[tuple[list[dict], list[dict], dict]]:
+    """For each problem of a session: what was loaded or launched before enqueue, in it, and the host's result.
+
+    result: what the line of a result has.
+    """
     found, before, inside, current = [], [], [], None
     for line in lines:
-        if "configured" in line:
+        if result in line:
             found.append((before, inside, line))
             before, inside, current = [], [], None
         elif "enqueue" in line:

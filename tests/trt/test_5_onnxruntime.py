@@ -1,4 +1,4 @@
-"""Rung 7: ONNX Runtime's kernels on CUDA launch what the plugin launches: the torch launcher's launches.
+"""Rung 5: ONNX Runtime's kernels on CUDA launch what the plugin launches: the torch launcher's launches.
 
 A stand-in for ONNX Runtime counts what it lends; ONNX Runtime itself, with the library's providers renamed, runs the
 same code on memory of the host.
@@ -15,7 +15,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from trt.test_1_launches import DTYPES, PROBLEMS, Problem, assert_parts_lie_apart, assert_same_launch, torch_launches
+from trt.test_1_launches import (
+    DTYPES,
+    PROBLEMS,
+    Problem,
+    assert_parts_lie_apart,
+    assert_same_launch,
+    launches_of,
+    torch_launches,
+)
 
 from gdn2_ops.export import plugin
 from gdn2_ops.runtime import onnxruntime_library
@@ -89,20 +97,6 @@ def drive(folder, cuda, host, tmp_path_factory):
     return driven
 
 
-def calls(lines: list[dict]) -> list[tuple[list[dict], list[dict], dict]]:
-    """For each call: what was loaded, what was launched after the stream was asked for, and the host's result."""
-    found, before, inside, current = [], [], [], None
-    for line in lines:
-        if "created" in line:
-            found.append((before, inside, line))
-            before, inside, current = [], [], None
-        elif "enqueue" in line:
-            current = inside
-        else:
-            (before if current is None else current).append(line)
-    return found
-
-
 @pytest.fixture(scope="module")
 def session(drive):
     """Every problem, twice in a row and then in another order: kernels keep the launches of their last problem."""
@@ -111,7 +105,7 @@ def session(drive):
 
 
 def test_launches_are_those_of_torch(session, built, monkeypatch):
-    results = calls(session.lines[:-1])
+    results = launches_of(session.lines[:-1], "created")
     count = len(PROBLEMS)
     assert len(results) == 3 * count
     loaded: set[str] = set()
@@ -142,7 +136,8 @@ def test_what_was_lent_is_given_back(session):
 def test_both_states_may_be_one_buffer(drive):
     for T in (1, 63, 200):
         line = Problem(2, T, 2, 4, 64, 64, torch.bfloat16).command()
-        (_, apart, two), (_, together, one) = calls(drive([line, line.replace("run", "aliased")]).lines)
+        lines = drive([line, line.replace("run", "aliased")]).lines
+        (_, apart, two), (_, together, one) = launches_of(lines, "created")
         assert two["wrong"] == one["wrong"] == "" and one["at"][8] == one["at"][6] != two["at"][8]
         assert [x["image"] for x in apart] == [x["image"] for x in together]
         values = [value for x in together for _, value in x["parameters"]]
