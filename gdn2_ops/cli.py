@@ -100,9 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--output-gate", choices=["silu", "sigmoid"], help="of its layers (default: of the config)")
     convert.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
 
-    check = command("check", _check, "run an ONNX file in every backend found here, or look through a model repository")
-    check.add_argument("file", type=Path, help=".onnx file with gdn2::GatedDeltaNet2 nodes, or folder of a repository")
+    check = command("check", _check, "run an exported file in every backend found here, or look through a repository")
+    check.add_argument(
+        "file",
+        type=Path,
+        help=".onnx file with gdn2::GatedDeltaNet2 nodes, .plan of TensorRT, or folder of a repository",
+    )
     check.add_argument("--model", type=Path, help="model folder it was exported from: PyTorch is compared too")
+    check.add_argument("--plugin", type=Path, help="plan: its plugin's library (default: of gdn2 build-plugin)")
+    check.add_argument("--in-place", action="store_true", help="plan: states in one buffer, as our plugin allows")
     check.add_argument("--body", action="append", default=[], help="compare this body too; may be given again")
     serve = command("serve", _serve, "serve a model repository on the loopback with Triton Inference Server")
     serve.add_argument("repository", type=Path, help="folder that gdn2 export --to triton-repository wrote")
@@ -324,10 +330,26 @@ def _check(options: argparse.Namespace) -> int:
         found = problems(options.file)
         print("\n".join(found) if found else f"{options.file}: no problems")
         return 1 if found else 0
+    if options.file.suffix == ".plan":
+        return _check_plan(options)
+    if options.plugin is not None or options.in_place:
+        raise ValueError(f"expected a plan with --plugin and --in-place, got {str(options.file)!r}")
     import gdn2_ops.export.onnx  # noqa: F401  its error names the pip command
     from gdn2_ops import check
 
     return check.run(options.file, model_folder=options.model, bodies=options.body)
+
+
+def _check_plan(options: argparse.Namespace) -> int:
+    if options.model is None:
+        raise ValueError("expected --model with a plan, the folder it was exported from, got none")
+    try:
+        from gdn2_ops import check_plan
+
+        return check_plan.run(options.file, options.model, plugin=options.plugin, in_place=options.in_place)
+    except RuntimeError as error:  # there is no GPU, or TensorRT refuses
+        print(f"gdn2: error: {error}", file=sys.stderr)
+        return 1
 
 
 def _generate(options: argparse.Namespace) -> int:

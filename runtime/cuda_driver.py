@@ -19,6 +19,7 @@ _FUNCTIONS: dict[str, tuple] = {  # of cuda.h; where it has versions, the one th
     "cuInit": (c_uint,),
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (_HANDLE, c_int),
     "cuCtxSetCurrent": (c_void_p,),
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
@@ -38,6 +39,7 @@ _FUNCTIONS: dict[str, tuple] = {  # of cuda.h; where it has versions, the one th
     "cuGraphLaunch": (c_void_p, c_void_p),
     "cuGraphExecDestroy": (c_void_p,),
 }
+_COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _NON_BLOCKING, _CAPTURE_OF_THREAD = 1, 1  # CU_STREAM_NON_BLOCKING, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
@@ -66,8 +68,15 @@ class Driver:
             raise RuntimeError("expected an NVIDIA GPU, got a driver without one")
         self.call("cuDeviceGet", ctypes.byref(device), 0)
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self._context = context
+        self._context, self._device = context, device
         self.use()
+
+    def compute_capability(self) -> tuple[int, int]:
+        """Of the device, major and minor."""
+        found = c_int(), c_int()
+        for value, attribute in zip(found, _COMPUTE_CAPABILITY):
+            self.call("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._device)
+        return found[0].value, found[1].value
 
     def use(self) -> None:
         """Makes the context current in the calling thread."""

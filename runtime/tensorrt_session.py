@@ -142,7 +142,8 @@ class TensorRTBackend:
         self, plan: str | Path, *, plugin: str | Path | None = None, in_place: bool = False, graphs: bool = True
     ) -> None:
         self._engine, self._in_place, self._graphs = TensorRT(plan, plugin=plugin), in_place, graphs
-        check_language_model([x.name for x in self._engine.inputs], [x.name for x in self._engine.outputs])
+        self.inputs = self._engine.inputs
+        check_language_model([x.name for x in self.inputs], [x.name for x in self._engine.outputs])
         self._lanes: dict[int, _Lane] = {}
         ranges = self._engine.engine.get_tensor_profile_shape("input_ids", 0)
         self._most_tokens = int(tuple(ranges[2])[1])

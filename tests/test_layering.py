@@ -30,6 +30,7 @@ ABOVE = (
     "export.tensorrt",
     "runtime",
     "check",
+    "check_plan",
     "demo",
     "cli",
 )
@@ -66,6 +67,7 @@ ARROWS = {
     "export.tensorrt": ("export", "compiled", "runtime"),
     "runtime": ("runtime", "compiled"),
     "check": ("corpus", "backends", "model", "export", "runtime"),
+    "check_plan": ("corpus", "backends", "model", "check", "runtime"),
     "demo": ("corpus", "backends", "model", "export", "runtime"),
     "cli": (*ABOVE, "contract", "compiled"),  # `gdn2 info` lists the schemas
     "gdn2_ops": ("functional", "gates", "layers", "model", "decoder", "reference", "stability"),

@@ -96,6 +96,9 @@ int cuDeviceGetCount(int* count) {
   return *count = text == nullptr ? 1 : std::atoi(text), 0;
 }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal == 0 ? 0 : INVALID_VALUE; }
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  return *value = attribute == 75 ? 9 : 0, attribute != 75 && attribute != 76 ? INVALID_VALUE : 0;
+}
 int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = &context_object, device; }
 int cuCtxSetCurrent(void* context) { return has_context = context == &context_object, 0; }
 int cuGetErrorName(int status, const char** name) {

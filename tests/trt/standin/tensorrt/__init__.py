@@ -1,6 +1,6 @@
 """A stand-in for the Python package `tensorrt`: what gdn2_ops uses of it, on a CPU. Engines are run by ONNX Runtime.
 
-test_6_builder.py holds every name, parameter and number in here against NVIDIA's bindings. A plan is a JSON object.
+test_5_builder.py holds every name, parameter and number in here against NVIDIA's bindings. A plan is a JSON object.
 Device memory is that of standin_cuda.cpp. GDN2_TRT_LOG: a file that what is built and run is appended to.
 """
 

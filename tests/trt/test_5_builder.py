@@ -1,4 +1,4 @@
-"""Rung 6: what `gdn2 export --to tensorrt` asks of TensorRT's builder is in NVIDIA's bindings; its command lines parse.
+"""Rung 5: what `gdn2 export --to tensorrt` asks of TensorRT's builder is in NVIDIA's bindings; its command lines parse.
 
 The builder of TensorRT-RTX, which has the same interface, takes all of it but plugins. A stand-in for the package, held
 against the bindings of TensorRT 10.15 and 11.4 name by name, shows what is done with the answers.

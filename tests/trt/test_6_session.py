@@ -1,4 +1,4 @@
-"""Rung 7: a plan as a backend of generate: states stay in the GPU's memory, decoding is by CUDA graphs, errors say why.
+"""Rung 6: a plan as a backend of generate: states stay in the GPU's memory, decoding is by CUDA graphs, errors say why.
 
 On stand-ins: engines are run by ONNX Runtime, on a driver that is stricter than a real one about memory and streams.
 """
