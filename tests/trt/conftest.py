@@ -61,20 +61,25 @@ class Session:
 
 
 @pytest.fixture(scope="session")
-def drive(built, tmp_path_factory):
+def recording_cuda(tmp_path_factory) -> Path:
+    """The folder of a libcuda.so.1 that records."""
+    folder = tmp_path_factory.mktemp("recording")
+    run([*COMPILER, "-shared", "-fPIC", HERE / "recording_cuda.cpp", "-o", folder / "libcuda.so.1"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drive(built, recording_cuda, tmp_path_factory):
     """Runs a script in the host. driver: with the recording libcuda, else without any."""
-    folder = tmp_path_factory.mktemp("host")
-    host, cuda = folder / "host", folder / "cuda" / "libcuda.so.1"
-    cuda.parent.mkdir()
+    host = tmp_path_factory.mktemp("host") / "host"
     abi = ROOT / "runtime" / "tensorrt"
     run([*COMPILER, f"-I{abi}", "-rdynamic", HERE / "host.cpp", "-o", host, "-ldl", "-pthread"])
-    run([*COMPILER, "-shared", "-fPIC", HERE / "recording_cuda.cpp", "-o", cuda])
 
     def driven(script: list[str], *, arch: int = 90, driver: bool = True) -> Session:
         record = tmp_path_factory.mktemp("record")
         env = os.environ | {"GDN2_ARCH": str(arch), "GDN2_RECORD": str(record)}
         if driver:
-            env["LD_LIBRARY_PATH"] = str(cuda.parent)
+            env["LD_LIBRARY_PATH"] = str(recording_cuda)
         done = subprocess.run(
             [host, built.library], input="\n".join(script), env=env, capture_output=True, text=True, timeout=120
         )

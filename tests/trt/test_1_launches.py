@@ -4,16 +4,22 @@ Image, grid, threads, shared memory, numbers, pointers to inputs and outputs, an
 it, apart from each other. Nothing is allocated or loaded in enqueue.
 """
 
+import json
+import os
 import struct
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
-from gdn2_ops.export import cubins
+from gdn2_ops.export import cubins, plugin
 from gdn2_ops.export.kernels import Build
 from gdn2_ops.kernels import chunk_forward, kernel, step, tiles
 
+HERE = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7}
 SIZES = ((1, 1), (1, 63), (2, 64), (3, 200), (0, 5), (2, 0))
 GROUPS = ((2, 2), (2, 6))
@@ -178,3 +184,37 @@ def test_threads_share_what_is_loaded(drive):
     done = drive(["threads 4 2 5"])
     assert done.lines[-1] == {"good": 40} and sum("image" in line for line in done.lines) == 80
     assert [line["symbol"] for line in done.lines if "loaded" in line] == ["prepare_kernel", "recur_kernel"]
+
+
+def test_the_host_of_the_tests_on_a_gpu_drives_it_the_same(recording_cuda, built, tmp_path, monkeypatch):
+    """tests/plugin_host.py, which brings tensors of torch, on tensors of the CPU."""
+    wanted = PROBLEMS[:: len(PROBLEMS) // 12] + PROBLEMS[-3:]
+    script = "\n".join(f"{p.B} {p.T} {p.H} {p.HV} {p.K} {p.V} {str(p.dtype)[6:]} 4 9000" for p in wanted)
+    record, host = tmp_path / "record", tmp_path / "host"
+    record.mkdir(), host.mkdir()
+    env = os.environ | {"LD_LIBRARY_PATH": str(recording_cuda), "GDN2_RECORD": str(record), "GDN2_ARCH": "90"}
+    env["PYTHONPATH"] = str(HERE.parent)
+    command = [sys.executable, HERE / "gpu_host.py", built.library, host, plugin.TARGETS["tensorrt"][1]]
+    done = subprocess.run(command, input=script, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    images = [(record / f"{i}.cubin").read_bytes() for i in range(len(list(record.iterdir())))]
+    loaded, launched = [], []
+    for line in lines:
+        if "loaded" in line:
+            loaded.append(line)
+        elif "image" in line:
+            launched.append(line)
+        else:
+            problem = wanted.pop(0)
+            launches, tensors = torch_launches(problem, monkeypatch)
+            assert len(launched) == len(launches), problem
+            names = ("q", "k", "v", "g", "b", "w", "state", "o", "final_state")
+            at = {tensors[name].data_ptr(): there for name, there in zip(names, line["at"]) if tensors[name].numel()}
+            parts: dict[int, int] = {}
+            for got, want in zip(launched, launches):
+                assert_same_launch(got, want, built, images[got["image"]], at, parts)
+            mine = {y.data_ptr(): y.nbytes for one in launches for y in one.arguments if isinstance(y, torch.Tensor)}
+            assert_parts_lie_apart(parts, mine, line["workspace"], line["bytes"])
+            launched = []
+    assert not wanted and len(loaded) == len(images) > 4
