@@ -17,7 +17,7 @@ from gdn2_ops.decoder import Decoder
 from gdn2_ops.functional import GDN2Output, chunk, step, step_inplace
 from gdn2_ops.layers import GatedDeltaNet2
 from gdn2_ops.model import GDN2LM, GDN2Config
-from gdn2_ops.stability import guard_erase
+from gdn2_ops.stability import guard_erase, state_norms
 
 __all__ = [
     "GDN2LM",
@@ -29,6 +29,7 @@ __all__ = [
     "gates",
     "guard_erase",
     "reference",
+    "state_norms",
     "step",
     "step_inplace",
 ]

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gdn2_ops.model import GDN2LM
+from gdn2_ops.stability import state_norms
 
 
 class TorchBackend:
@@ -36,6 +37,10 @@ class TorchBackend:
             torch._dynamo.decorators.mark_unbacked(rows, 1)
         logits, state = self._forward(rows, state)
         return logits.float().numpy(), state
+
+    @torch.no_grad()
+    def state_norms(self, state: Any) -> NDArray[np.float32]:
+        return state_norms(state).numpy()
 
 
 class PackageBackend:
@@ -67,3 +72,8 @@ class PackageBackend:
             state = [torch.zeros(len(rows), *sizes, dtype=dtype) for dtype, sizes in self._states]
         logits, *state = self._prefill(rows, *state)
         return logits.float().numpy(), state
+
+    @torch.no_grad()
+    def state_norms(self, state: Any) -> NDArray[np.float32]:
+        floating = (x.flatten(1) for x in state if x.is_floating_point())  # a package does not say which is which
+        return torch.stack([torch.linalg.vector_norm(x, dim=1).float() for x in floating], 1).numpy()

@@ -1,6 +1,10 @@
-"""`guard_erase`: an erase gate with which no token makes a state grow."""
+"""States that stay finite: `guard_erase` keeps tokens from making a state grow, `state_norms` says how large
+they are."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,3 +46,20 @@ def guard_erase(k: Tensor, b: Tensor, g: Tensor) -> Tensor:
     constant = 1 + total * erased * (2 - erased) / length2
     share = (constant / (linear + (linear.square() + quadratic * constant).sqrt()).abs()).clamp(max=1)
     return torch.addcmul(wide_b, gate - mean, share - 1).to(b.dtype)
+
+
+def state_norms(state: Tensor | Sequence[Any]) -> Tensor:
+    """How large the recurrent state of each sequence is: cheap enough to look at after every token.
+
+    Args:
+        state: [N, HV, K, V] float32, or the state of a model or a `Decoder`: one per layer. Layers of attention have
+            no recurrent state and are left out.
+
+    Returns: the Frobenius norms, [N] of one tensor or [N, layers] float32. They are inf or NaN where a number is not
+        finite, and inf where its square is not (1.8e19): the norm of the layer's output has overflowed by then, too.
+    """
+    if isinstance(state, Tensor):
+        return torch.linalg.vector_norm(state, dim=(-3, -2, -1))
+    last = state[0][-1]  # of any kind of layer, one row for each sequence
+    columns = [state_norms(layer.recurrent).unsqueeze(1) for layer in state if hasattr(layer, "recurrent")]
+    return torch.cat([last.new_empty(last.shape[0], 0, dtype=torch.float32), *columns], 1)

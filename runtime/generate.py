@@ -2,7 +2,7 @@
 
 A backend is anything called as `logits, state = backend(tokens, state)`: tokens [B, T] int64 and the state before them
 (None at the beginning) to logits [B, T, vocab] float32 and the state after them, in numpy. The state is the backend's
-own. Tokens are bytes.
+own; a backend with `state_norms(state)` -> [B, states] float32 says how large it is. Tokens are bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Backend(Protocol):
 def generate(backend: Backend, prompt: bytes, count: int) -> Iterator[bytes]:
     """Yields the `count` most probable next bytes, one by one, each fed back. Deterministic.
 
-    Raises: ValueError: the prompt is empty. FloatingPointError: logits are not finite.
+    Raises: ValueError: the prompt is empty. FloatingPointError: logits or a state are not finite.
     """
     if not prompt:
         raise ValueError("expected a prompt of at least one byte, got none")

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gdn2_ops.runtime.norms import norms, watched
+
 
 class Port(NamedTuple):
     """An input or output of a graph. dtype: numpy's name, or the runtime's where numpy has none. shape: sizes, and
@@ -36,12 +38,16 @@ class LanguageModel:
     def __init__(self, runner: Runner) -> None:
         check_language_model([x.name for x in runner.inputs], [x.name for x in runner.outputs])
         self._runner, self._past = runner, runner.inputs[1:]
+        self._watched = watched([x.name for x in self._past], [x.dtype for x in self._past])
 
     def __call__(self, tokens: NDArray[np.int64], state: Any | None) -> tuple[NDArray[np.float32], Any]:
         if state is None:
             state = [self._empty(x, tokens.shape[0]) for x in self._past]
         logits, *state = self._runner.run({"input_ids": tokens} | {x.name: y for x, y in zip(self._past, state)})
         return logits.astype(np.float32, copy=False), state
+
+    def state_norms(self, state: Any) -> NDArray[np.float32]:
+        return norms([state[i] for i in self._watched])
 
     @staticmethod
     def _empty(x: Port, batch: int) -> NDArray:

@@ -26,13 +26,15 @@ class Cancelled(RuntimeError):
 @dataclass
 class Counters:
     """Since the beginning. read, written: tokens. steps, step_seconds: calls with one token for each sequence in them.
-    evicted: sequences that lost their slot for not being used."""
+    evicted: sequences that lost their slot for not being used. not_finite: sequences that ended because numbers ran
+    away."""
 
     read: int = 0
     written: int = 0
     steps: int = 0
     step_seconds: float = 0.0
     evicted: int = 0
+    not_finite: int = 0
 
 
 @dataclass(eq=False)
@@ -82,6 +84,12 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def largest_state(self) -> float:
+        """The largest norm of a recurrent state among the live sequences."""
+        slots = [g._slot for g in list(self._live)]  # another thread may be reading
+        return max((slot.norm for slot in slots if slot is not None), default=0.0)
 
     def submit(self, prompt: NDArray[np.int64], count: int, *, seconds: float | None = None) -> Generation:
         """A generation of `count` tokens that begins when a slot is free.
@@ -163,16 +171,18 @@ class Scheduler:
     def _extend(self, generations: list[Generation], tokens: NDArray[np.int64]) -> None:
         """Runs tokens [n, T]; those past their prompt write the most probable next one."""
         try:
-            logits = self._pool.run([g._slot for g in generations if g._slot is not None], tokens)
+            slots = [g._slot for g in generations if g._slot is not None]
+            logits = self._pool.run(slots, tokens)
+            lost = _run_away(self._pool, slots, logits)
         except Exception as error:  # of the runtime: these sequences are lost, the others are not
             for generation in generations:
                 self._end(generation, error)
             return
-        finite = np.isfinite(logits)
         for i, token in enumerate(logits.argmax(1).tolist()):
             generation = generations[i]
-            if not finite[i].all():
-                self._end(generation, _not_finite())
+            if i in lost:
+                self.counters.not_finite += 1
+                self._end(generation, lost[i])
             elif generation._read == len(generation.prompt):
                 generation.written.append(token)
                 self.counters.written += 1
@@ -221,6 +231,11 @@ class Sequences:
     @property
     def live(self) -> int:
         return len(self._kept)
+
+    @property
+    def largest_state(self) -> float:
+        """The largest norm of a recurrent state among the sequences that are kept."""
+        return max((kept.slot.norm for kept in self._kept.values()), default=0.0)
 
     def advance(self, parts: Sequence[Part]) -> list[NDArray[np.float32] | Exception]:
         """Runs one part each of different sequences, those of one length in one call.
@@ -287,13 +302,15 @@ class Sequences:
         began = time.perf_counter()
         try:
             logits = self._pool.run(slots, tokens)
+            lost = _run_away(self._pool, slots, logits)
         except Exception as error:  # of the runtime: these sequences are lost, the others are not
             return [error] * len(slots)
         self.counters.read += tokens.size
         if tokens.shape[1] == 1:
             self.counters.steps += 1
             self.counters.step_seconds += time.perf_counter() - began
-        return [row if np.isfinite(row).all() else _not_finite() for row in logits]
+        self.counters.not_finite += len(lost)
+        return [lost.get(i, row) for i, row in enumerate(logits)]
 
 
 def _check_tokens(tokens: NDArray[np.int64], vocab: int) -> None:
@@ -303,5 +320,17 @@ def _check_tokens(tokens: NDArray[np.int64], vocab: int) -> None:
         raise ValueError(f"expected tokens in 0..{vocab - 1}, got {tokens.min()}..{tokens.max()}")
 
 
-def _not_finite() -> FloatingPointError:
-    return FloatingPointError("expected finite logits, got NaN or infinity; the sequence has ended")
+def _run_away(pool: Pool, slots: Sequence[Slot], logits: NDArray[np.float32]) -> dict[int, Exception]:
+    """Which sequences of a call have a state or logits that are not finite; and notes how large the states are."""
+    norms = pool.norms(slots).max(1, initial=0.0)
+    lost: dict[int, Exception] = {}
+    for i, slot in enumerate(slots):
+        slot.norm = float(norms[i])
+        if not np.isfinite(norms[i]):
+            lost[i] = FloatingPointError(
+                f"expected a finite state, got one of norm {slot.norm}; the sequence has ended; a model with "
+                "guard_erase=True has states that do not grow by erasing"
+            )
+        elif not np.isfinite(logits[i]).all():
+            lost[i] = FloatingPointError("expected finite logits, got NaN or infinity; the sequence has ended")
+    return lost

@@ -5,6 +5,7 @@ A pool is what a scheduler needs of a model:
     slot = pool.open()                      # a sequence before its first token
     logits = pool.run(slots, tokens)        # tokens [n, T] int64 -> logits [n, vocab] after the last of them
     pool.close(slot)                        # its slot may be opened again
+    norms = pool.norms(slots)               # [n, states] float32, of their recurrent states
     pool.free, pool.chunk                   # slots left; how many tokens of a prompt to read in one call
 
 `StatePool` is an ONNX file with all states in one buffer for each name; `SeparateStates` any backend of
@@ -20,17 +21,20 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gdn2_ops.runtime.norms import norms, watched
 from gdn2_ops.runtime.session import TYPES, open_language_model, zeros
 
 
 class Slot:
-    """A sequence in a pool: the row of its states, which changes when others leave; None once it is closed."""
+    """A sequence in a pool: the row of its states, which changes when others leave; None once it is closed.
+    norm: the largest of its recurrent states when a scheduler last looked."""
 
-    __slots__ = ("row", "state")
+    __slots__ = ("norm", "row", "state")
 
     def __init__(self, row: int) -> None:
         self.row: int | None = row
         self.state: Any = None
+        self.norm = 0.0
 
 
 class SlotsExhausted(RuntimeError):
@@ -47,6 +51,7 @@ class Pool(Protocol):
     def open(self) -> Slot: ...
     def close(self, slot: Slot) -> None: ...
     def run(self, slots: Sequence[Slot], tokens: NDArray[np.int64]) -> NDArray[np.float32]: ...
+    def norms(self, slots: Sequence[Slot]) -> NDArray[np.float32]: ...
 
 
 class StatePool:
@@ -73,6 +78,7 @@ class StatePool:
         self._past, self._present = self._session.get_inputs()[1:], self._session.get_outputs()[1:]
         self.vocab: int = self._session.get_outputs()[0].shape[-1]
         self._states = [zeros(x, slots) for x in self._past]
+        self._watched = watched([x.name for x in self._past], [x.dtype.name for x in self._states])
         self._slots: list[Slot] = []  # by row
         self._tokens = np.zeros((slots, 1), np.int64)
         self._logits = np.zeros((slots, 1, self.vocab), np.float32)
@@ -124,6 +130,13 @@ class StatePool:
         logits = np.empty((*tokens.shape, self.vocab), np.float32)
         self._session.run_with_iobinding(self._bind(first, in_order, logits))
         return logits[rows, -1]
+
+    def norms(self, slots: Sequence[Slot]) -> NDArray[np.float32]:
+        """Of the recurrent states of distinct slots, [n, states] float32. Raises: ValueError: as `run`."""
+        first = self._gather(slots)
+        rows = slice(first, first + len(slots))
+        in_order = norms([self._states[i][rows] for i in self._watched])
+        return in_order[[_row(slot) - first for slot in slots]]
 
     def _gather(self, slots: Sequence[Slot]) -> int:
         """Moves the slots to adjacent rows, the fewest it can, and returns the first of them."""
@@ -212,6 +225,13 @@ class SeparateStates:
             logits, slot.state = self._backend(row[None], slot.state)
             rows.append(logits[0, -1])
         return np.stack(rows)
+
+    def norms(self, slots: Sequence[Slot]) -> NDArray[np.float32]:
+        """As the backend's `state_norms` says; of a backend that has none, [n, 0]."""
+        state_norms = getattr(self._backend, "state_norms", None)
+        if state_norms is None:
+            return np.zeros((len(slots), 0), np.float32)
+        return np.concatenate([state_norms(slot.state) for slot in slots])
 
 
 def _row(slot: Slot) -> int:

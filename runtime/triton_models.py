@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton_python_backend_utils as pb
@@ -70,12 +70,12 @@ class Generate(Model):
     """
 
     def start(self) -> None:
-        pool = StatePool(self.file, self.number("slots"), chunk=self.number("chunk"), **self.options())
-        self.scheduler = Scheduler(pool, vocab=pool.vocab, waiting=self.number("waiting"))
+        self.pool = StatePool(self.file, self.number("slots"), chunk=self.number("chunk"), **self.options())
+        self.scheduler = Scheduler(self.pool, vocab=self.pool.vocab, waiting=self.number("waiting"))
         self.streams: dict[Generation, _Stream] = {}
         self.joining, self.work, self.news = threading.Lock(), threading.Event(), threading.Event()
         self.stopping = False
-        self.metrics = Metrics(self.name, lambda: (self.scheduler.counters, self.scheduler.live, pool.free))
+        self.metrics = Metrics(self.name, self._state)
         self.threads = [threading.Thread(target=x, daemon=True) for x in (self._decode, self._send)]
         for thread in self.threads:
             thread.start()
@@ -100,6 +100,9 @@ class Generate(Model):
         for thread in self.threads:
             thread.join()
         self.metrics.stop()
+
+    def _state(self) -> State:
+        return State(self.scheduler.counters, self.scheduler.live, self.pool.free, self.scheduler.largest_state)
 
     def _read(self, request: Any) -> tuple[NDArray[np.int64], int, float | None]:
         text, tokens = _input(request, "text"), _input(request, "tokens")
@@ -221,10 +224,10 @@ class Decode(Model):
     def finalize(self) -> None:
         self.metrics.stop()
 
-    def _state(self) -> tuple[Counters, int, int]:
+    def _state(self) -> State:
         with self.lock:
             self.sequences.evict()
-            return self.sequences.counters, self.sequences.live, self.pool.free
+            return State(self.sequences.counters, self.sequences.live, self.pool.free, self.sequences.largest_state)
 
     def _answer(self, request: Any, result: NDArray[np.float32] | Exception) -> Any:
         if isinstance(result, Exception):
@@ -295,19 +298,30 @@ class Step(Model):
         return _response(dict(zip(self.outputs, self.session.run(None, feed))))
 
 
+class State(NamedTuple):
+    """Of a model, for its metrics."""
+
+    counters: Counters
+    live: int
+    free: int
+    largest_state: float
+
+
 class Metrics:
     """Numbers of a model for the server's /metrics, brought up to date twice a second by a thread of its own."""
 
-    def __init__(self, model: str, state: Callable[[], tuple[Counters, int, int]]) -> None:
+    def __init__(self, model: str, state: Callable[[], State]) -> None:
         kinds = {"total": pb.MetricFamily.COUNTER, "gauge": pb.MetricFamily.GAUGE}
         texts = {
             "sequences_live": ("gauge", "sequences with a slot"),
             "slots_free": ("gauge", "slots without a sequence"),
+            "state_norm": ("gauge", "the largest norm of a recurrent state among sequences with a slot"),
             "tokens_read_total": ("total", "tokens of prompts and requests"),
             "tokens_written_total": ("total", "tokens generated"),
             "steps_total": ("total", "calls with one token for each sequence in them"),
             "step_seconds_total": ("total", "time in those calls"),
             "evictions_total": ("total", "sequences that lost their slot for not being used"),
+            "not_finite_total": ("total", "sequences that ended because numbers ran away"),
         }
         self._families = {
             name: pb.MetricFamily(name=f"gdn2_{name}", description=text, kind=kinds[kind])
@@ -325,16 +339,18 @@ class Metrics:
 
     def _run(self) -> None:
         while True:
-            counters, live, free = self._state()
+            counters, live, free, largest_state = self._state()
             self._report(
                 {
                     "sequences_live": live,
                     "slots_free": free,
+                    "state_norm": largest_state,
                     "tokens_read_total": counters.read,
                     "tokens_written_total": counters.written,
                     "steps_total": counters.steps,
                     "step_seconds_total": counters.step_seconds,
                     "evictions_total": counters.evicted,
+                    "not_finite_total": counters.not_finite,
                 }
             )
             if self._stopping.wait(TICK_SECONDS):

@@ -24,7 +24,9 @@ HYBRID = dataclasses.replace(RECURRENT, attention_every=2, num_attention_heads=4
 MODELS = {
     "recurrent": RECURRENT,
     "hybrid": HYBRID,
-    "tied": dataclasses.replace(HYBRID, tie_embeddings=True, output_gate="sigmoid", use_short_conv=False),
+    "tied": dataclasses.replace(
+        HYBRID, tie_embeddings=True, output_gate="sigmoid", use_short_conv=False, guard_erase=True
+    ),
 }
 
 

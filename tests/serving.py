@@ -129,6 +129,11 @@ def test_metrics_count_tokens_and_steps(server):
     ]
     assert [y - x for x, y in zip(before, after)] == [11, 50, 49]
     assert metric(server, "gdn2_step_seconds_total", "gdn2_generate") > 0
+    generation = Client(server.http).generate(b"x" * 11, 4000)
+    next(generation)
+    assert becomes(lambda: 1e-3 < metric(server, "gdn2_state_norm", "gdn2_generate") < 1e6, True)
+    generation.close()
+    assert metric(server, "gdn2_not_finite_total", "gdn2_generate") == 0
 
 
 def test_the_client_of_the_command_line(server, capfdbinary):

@@ -59,7 +59,7 @@ ARROWS = {
     "decoder": ("model",),
     "checkpoints": ("model",),
     "huggingface": ("layers", "model"),
-    "backends": ("model",),
+    "backends": ("model", "stability"),
     "export": ("export", "custom_ops", "compiled"),
     "export.kernels": ("kernels",),  # the kernels themselves are what it writes
     "export.cubins": ("kernels", "export.kernels"),

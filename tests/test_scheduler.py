@@ -3,8 +3,11 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from test_model import HYBRID, small
 
+from gdn2_ops import state_norms
+from gdn2_ops.backends import TorchBackend
 from gdn2_ops.export.onnx import export
 from gdn2_ops.runtime.scheduler import Cancelled, Part, Scheduler, Sequences
 from gdn2_ops.runtime.session import OnnxRuntimeBackend
@@ -132,6 +135,37 @@ def test_what_fails_ends_alone(bad, error):
     assert good.written == repeated([3, 4], 6) and pool.free == 4
 
 
+class Growing(Repeater):
+    """The states of a prompt that begins with 50 grow by a factor of 1e4 a token, and overflow before the logits do."""
+
+    def state_norms(self, state):
+        prompt, seen = state
+        with np.errstate(over="ignore"):
+            return np.full((1, 2), np.float32(10.0) ** (4 * seen) if prompt[0] == 50 else 2, np.float32)
+
+
+def test_a_state_that_runs_away_ends_its_sequence_only():
+    pool = SeparateStates(Growing(), 3)
+    scheduler = Scheduler(pool, vocab=VOCAB)
+    good, growing = scheduler.submit(row(3, 4), 20), scheduler.submit(row(50, 5), 20)
+    for _ in range(4):
+        scheduler.step()
+    assert scheduler.largest_state > 1e6
+    finish(scheduler)
+    assert isinstance(growing.error, FloatingPointError) and "finite state, got one of norm inf" in str(growing.error)
+    assert 5 < len(growing.written) < 12 and growing.written == repeated([50, 5], len(growing.written))
+    assert good.error is None and good.written == repeated([3, 4], 20)
+    assert pool.free == 3 and scheduler.counters.not_finite == 1 and scheduler.largest_state == 0
+    pool = SeparateStates(Growing(), 3)
+    sequences = Sequences(pool, idle_seconds=60, vocab=VOCAB)
+    answers = [sequences.advance([Part(key, row(50 - key), start=i == 0) for key in (0, 1)]) for i in range(8)]
+    assert sequences.largest_state > 1e30
+    while not isinstance(answers[-1][0], Exception):
+        answers.append(sequences.advance([Part(key, row(50 - key)) for key in (0, 1)]))
+    assert isinstance(answers[-1][0], FloatingPointError) and not isinstance(answers[-1][1], Exception)
+    assert sequences.live == 1 and sequences.counters.not_finite == 1 and sequences.largest_state == 2
+
+
 @pytest.mark.parametrize(
     "prompt, count, text",
     [((), 1, "at least one token"), ((1, VOCAB), 1, "0..63, got 1..64"), ((1,), -1, "at least 0")],
@@ -186,6 +220,26 @@ def test_parts_of_any_length_together_are_those_alone(file):
             if part.end:
                 del read[part.key]
         assert sequences.live == len(read) == 3 - pool.free
+
+
+def test_norms_are_those_of_the_recurrent_states_and_a_state_that_is_not_finite_is_seen_at_once(file):
+    model, pool = small(HYBRID), StatePool(file, 4, threads=1)
+    slots, prompts = [pool.open() for _ in range(4)], np.arange(12).reshape(4, 3)
+    pool.run(slots, prompts)
+    _, state = model.prefill(torch.from_numpy(prompts))
+    want = state_norms(state).numpy()
+    assert want.shape == (4, 1) and np.allclose(pool.norms(slots), want, rtol=1e-4)
+    assert np.allclose(pool.norms([slots[3], slots[1]]), want[[3, 1]], rtol=1e-4)
+    assert np.allclose(state_norms(state[0].recurrent).numpy(), want[:, 0])
+    backend = OnnxRuntimeBackend(file, threads=1)
+    assert np.allclose(backend.state_norms(backend(prompts, None)[1]), want, rtol=1e-4)
+    assert np.allclose(TorchBackend(model).state_norms(state), want)
+    sequences = Sequences(StatePool(file, 2, threads=1), idle_seconds=60, vocab=VOCAB)
+    sequences.advance([Part("a", row(1), start=True), Part("b", row(2), start=True)])
+    recurrent = [i for i, x in enumerate(sequences._pool._past) if x.name.endswith("recurrent")]
+    sequences._pool._states[recurrent[0]][0] = 3e38  # finite; after one more token it may be, its norm is not
+    lost, going_on = sequences.advance([Part("a", row(1)), Part("b", row(2))])
+    assert "finite state" in str(lost) and going_on.shape == (VOCAB,) and sequences.live == 1
 
 
 @pytest.mark.parametrize("library", [True, False])

@@ -3,6 +3,8 @@
 The law is the spectral norm of one token's transition, by singular values in float64.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from onnx_files import session
@@ -17,6 +19,7 @@ from gdn2_ops.model import GDN2LM, GDN2Config
 from gdn2_ops.runtime.generate import bits_per_byte
 from gdn2_ops.stability import SLOWEST
 
+TINY = Path(__file__).parents[1] / "examples" / "models" / "tiny"
 N = 200  # transitions of each kind
 # The largest growth of a token with a gate in [0, 1]: what rounding the guarded gate (and the key) leaves.
 GROWTH = {torch.float64: SLOWEST, torch.float32: 3e-7, torch.float16: 2e-4, torch.bfloat16: 1e-3}
@@ -174,8 +177,8 @@ def test_a_graph_without_breaks_and_an_onnx_graph_of_plain_operators(tmp_path):
 
 @torch.no_grad()
 def test_the_tiny_model_hardly_notices():
-    plain = GDN2LM.from_pretrained("examples/models/tiny")
-    guarded = GDN2LM.from_pretrained("examples/models/tiny")
+    plain = GDN2LM.from_pretrained(TINY)
+    guarded = GDN2LM.from_pretrained(TINY)
     for layer in guarded.modules():
         if isinstance(layer, GatedDeltaNet2):
             layer.guard_erase = True
