@@ -151,7 +151,7 @@ soak: $(STAMP) $(SERVE)/installed  ## ten minutes of traffic on the real server:
 TRT := build/tensorrt
 RTX := tensorrt-rtx-cu13
 LEAN := tensorrt-lean-cu13
-TRT_WHEELS := lean-10.15.1.29 lean-11.4.0.106 rtx-1.7.1.116 bindings-10.15.1.29 bindings-11.4.0.106 polygraphy-0.53.6 shellcheck-0.11.0.1
+TRT_WHEELS := lean-10.15.1.29 lean-11.4.0.106 rtx-1.7.1.116 bindings-10.15.1.29 bindings-11.4.0.106 polygraphy-0.53.6 shellcheck-0.11.0.1 torch-tensorrt-2.13.0
 test-tensorrt: $(STAMP) $(TRT_WHEELS:%=$(TRT)/%)  ## the TensorRT plugin, and ONNX Runtime's kernels on CUDA, without a GPU: what is proven, rung by rung (190 MB of wheels)
 	$(BIN)/python -m pytest -v --no-header -rs tests/trt $(ARGS)
 
@@ -168,6 +168,12 @@ $(TRT)/rtx-%: | $(STAMP)
 
 $(TRT)/bindings-%: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --target $@.part tensorrt-cu13-bindings==$*
+	mv $@.part $@
+
+# Its compiled parts need CUDA; the converters are Python.
+$(TRT)/torch-tensorrt-%: | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --target $@.part torch-tensorrt==$* dllist psutil
+	rm -rf $@.part/torch_tensorrt/*.so $@.part/torch_tensorrt/lib $@.part/torch_tensorrt/bin
 	mv $@.part $@
 
 $(TRT)/shellcheck-%: | $(STAMP)

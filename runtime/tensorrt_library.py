@@ -12,7 +12,7 @@ from typing import Any
 from gdn2_ops.compiled import find_library
 
 LIBRARY = "libgdn2_tensorrt.so"
-_CREATOR = ("GatedDeltaNet2", "1", "gdn2")  # name, version, namespace
+CREATOR = ("GatedDeltaNet2", "1", "gdn2")  # name, version, namespace
 
 
 def path() -> Path:
@@ -32,7 +32,7 @@ def load(trt: Any, library: str | Path, log: Any) -> None:
     """Gives the library to the module `tensorrt`. Raises: RuntimeError: it refuses the library; log: what it said."""
     registry = trt.get_plugin_registry()
     if (
-        registry.load_library(str(library)) is None and registry.get_creator(*_CREATOR) is None
+        registry.load_library(str(library)) is None and registry.get_creator(*CREATOR) is None
     ):  # None: it has it already
         raise RuntimeError(f"TensorRT refuses the plugin {str(library)!r}: {log.text()}")
 

@@ -65,6 +65,7 @@ ARROWS = {
     "export.cubins": ("kernels", "export.kernels"),
     "export.plugin": ("export.kernels", "export.cubins", "runtime"),
     "export.tensorrt": ("export", "compiled", "runtime"),
+    "export.torch_tensorrt": ("export", "runtime"),
     "runtime": ("runtime", "compiled"),
     "check": ("corpus", "backends", "model", "export", "runtime"),
     "check_plan": ("corpus", "backends", "model", "check", "runtime"),

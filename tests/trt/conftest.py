@@ -92,6 +92,31 @@ def drive(built, recording_cuda, tmp_path_factory):
     return driven
 
 
+# What NVIDIA's bindings need of the libraries of TensorRT, which PyPI does not have: null pointers, and the registry of
+# a lean runtime where one is on the path.
+MADE = ("InferBuilder", "InferRefitter", "InferRuntime", "NvOnnxParser", "NvOnnxParserRefitter")
+NULL = [f"create{name}_INTERNAL" for name in MADE]
+NULL += ["getBuilderPluginRegistry", "initLibNvInferPlugins", "getNvOnnxParserVersion"]
+REGISTRY = """#include <dlfcn.h>
+void* getPluginRegistry(void) {
+  void* lean = dlopen("libnvinfer_lean.so.%d", RTLD_NOW | RTLD_GLOBAL);
+  return lean ? ((void* (*)(void))dlsym(lean, "getPluginRegistry"))() : 0;
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def empty_libraries(tmp_path_factory) -> Path:
+    """A folder for LD_LIBRARY_PATH, with which the bindings of both versions load."""
+    folder = tmp_path_factory.mktemp("empty")
+    nulls = "\n".join(f"void* {symbol}(void) {{ return 0; }}" for symbol in NULL)
+    for major in (10, 11):
+        for name in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
+            source = nulls + "\n" + REGISTRY % major
+            run(["cc", "-shared", "-fPIC", "-xc", "-", "-o", folder / f"lib{name}.so.{major}", "-ldl"], input=source)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory) -> Path:
     """The ONNX file of the model `tiny`."""

@@ -22,20 +22,6 @@ VERSIONS = ("10.15.1.29", "11.4.0.106")
 STANDIN = HERE / "standin" / "tensorrt" / "__init__.py"
 TINY = HERE.parent.parent / "examples" / "models" / "tiny"
 AT_RUN_TIME = ("Runtime", "ICudaEngine", "IExecutionContext", "ILogger", "IPluginRegistry", "TensorIOMode", "DataType")
-NEEDED = ("nvinfer", "nvinfer_plugin", "nvonnxparser")  # by the bindings; what they take of each is a null pointer
-SYMBOLS = ("createInferBuilder", "createInferRefitter", "createInferRuntime", "createNvOnnxParserRefitter")
-SYMBOLS = (*(f"{x}_INTERNAL" for x in (*SYMBOLS, "createNvOnnxParser")), "getBuilderPluginRegistry")
-SYMBOLS = (*SYMBOLS, "getPluginRegistry", "initLibNvInferPlugins", "getNvOnnxParserVersion")
-
-
-@pytest.fixture(scope="module")
-def empty_libraries(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("empty")
-    source = "\n".join(f"void* {symbol}(void) {{ return 0; }}" for symbol in SYMBOLS)
-    for name in (f"lib{name}.so.{version.split('.')[0]}" for name in NEEDED for version in VERSIONS):
-        command = ["cc", "-shared", "-fPIC", "-xc", "-", "-o", str(folder / name)]
-        subprocess.run(command, input=source, text=True, check=True)
-    return folder
 
 
 @pytest.fixture
