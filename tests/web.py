@@ -23,7 +23,7 @@ def model() -> GDN2LM:
 
 
 def test_the_tiny_model_is_the_same_there(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check, "TEXT_BYTES", 2048)
+    monkeypatch.setattr(check, "TEXT_BYTES", 512)
     file = export(model, tmp_path / "tiny.onnx")
     status = cli.main(["check", str(file), "--model", str(TINY)])
     out = capsys.readouterr().out
