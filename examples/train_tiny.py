@@ -1,7 +1,7 @@
 """Trains the byte-level `tiny` model on the source of the Python standard library and writes examples/models/tiny.
 
-The paper's recipe scaled down: AdamW (0.9, 0.95), weight decay 0.1 on matrices only, clipping at 1, a linear warm-up
-and a cosine to a tenth. The model is compiled as one graph. Every twentieth module is held out, by its name.
+The recipe of examples/train.py scaled down; the model is compiled as one graph. Every twentieth module is held out, by
+its name.
 
     make train      # or: python examples/train_tiny.py --steps 2400
 """
@@ -12,55 +12,62 @@ import argparse
 import json
 import math
 import platform
+import tempfile
 import time
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import token_shards
 import torch
-import torch.nn.functional as F
+import train
 from tqdm import tqdm
 
 from gdn2_ops import corpus
 from gdn2_ops.backends import TorchBackend
-from gdn2_ops.model import GDN2LM, GDN2Config
-from gdn2_ops.runtime.generate import bits_per_byte, tokens_of
+from gdn2_ops.model import GDN2LM
+from gdn2_ops.runtime.generate import bits_per_byte
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is chosen
 
-UNDECAYED = ("A_log", "dt_bias")
 EVALUATION_BYTES = 256 * 1024
+WATCHED_BYTES = 16 * 1024
 END_OF_FILE = b"\0"
+RECIPE = ("--preset", "tiny", "--compile", "--warmup", "0.02", "--clip", str(math.log(2)))
 
 
 def main() -> None:
     options = parse_options()
-    torch.manual_seed(options.seed)
     text = END_OF_FILE.join(file.read_bytes() for file in corpus.training_files())
     held_out = corpus.held_out_text(EVALUATION_BYTES)
-    model = GDN2LM(GDN2Config.preset("tiny"))
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {len(text):,} bytes to learn from, {len(held_out):,} bytes held out")
+    print(f"{len(held_out):,} bytes held out")
+    with tempfile.TemporaryDirectory() as folder:
+        data = token_shards.write(Path(folder, "tokens"), [np.frombuffer(text, np.uint8)], vocab_size=256)
+        sizes = [
+            x for name in ("steps", "batch", "length", "lr", "seed") for x in (f"--{name}", str(vars(options)[name]))
+        ]
+        arguments = [*RECIPE, *sizes, "--data", str(data), "--out", str(Path(folder, "run"))]
+        curve = Curve(options.steps, held_out[:WATCHED_BYTES])
+        began = time.perf_counter()
+        trained = train.run(train.parser().parse_args(arguments), curve)
+        minutes = (time.perf_counter() - began) / 60
 
-    began = time.perf_counter()
-    curve = train(model, text, held_out, options)
-    minutes = (time.perf_counter() - began) / 60
-
-    model.save_pretrained(options.out, dtype=torch.float16)
+    trained.save_pretrained(options.out, dtype=torch.float16)
     stored = GDN2LM.from_pretrained(options.out)
     record = {
         "bits_per_byte": round(bits_per_byte(TorchBackend(stored), held_out), 4),
         "held_out": f"the first {len(held_out)} bytes of the held-out modules of Python {platform.python_version()}",
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in stored.parameters()),
         "steps": options.steps,
         "tokens": options.steps * options.batch * options.length,
         "minutes": round(minutes, 1),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "curve": curve,
+        "curve": curve.points,
     }
     (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(curve, options.out / "loss.png")
+    plot(curve.points, options.out / "loss.png")
     print(f"{record['bits_per_byte']} bits per byte held out, {minutes:.1f} minutes; wrote {options.out}")
 
 
@@ -75,46 +82,22 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(model: GDN2LM, text: bytes, held_out: bytes, options: argparse.Namespace) -> list[dict]:
-    """Returns the curve: bits per byte of the training batches (averaged) and of a piece of the held-out text."""
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=options.lr, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, options.steps))
-    compiled = torch.compile(model, fullgraph=True)
-    tokens = torch.from_numpy(tokens_of(text))
-    watched = held_out[: 16 * 1024]
-    curve, average = [], float("nan")
-    bar = tqdm(range(options.steps), unit="step", smoothing=0.02)
-    for step in bar:
-        begins = torch.randint(len(tokens) - options.length - 1, (options.batch,))
-        rows = torch.stack([tokens[begin : begin + options.length + 1] for begin in begins])
-        logits = compiled(rows[:, :-1]).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()) / math.log(2)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
-        if (step + 1) % max(1, options.steps // 24) == 0:
-            seen = bits_per_byte(TorchBackend(model), watched)
-            curve.append({"step": step + 1, "train": round(average, 4), "held_out": round(seen, 4)})
-            bar.set_postfix(train=f"{average:.3f}", held_out=f"{seen:.3f}")
-    return curve
+class Curve:
+    """A `train.Watch`: bits per byte of the training batches (averaged) and of a piece of the held-out text."""
 
+    def __init__(self, steps: int, text: bytes) -> None:
+        self.points: list[dict] = []
+        self._text, self._every, self._average = text, max(1, steps // 24), float("nan")
+        self._bar = tqdm(total=steps, unit="step", smoothing=0.02)
 
-def parameter_groups(model: GDN2LM) -> list[dict]:
-    """Weight decay on matrices; none on norms, biases, A_log and dt_bias."""
-    decayed, rest = [], []
-    for name, p in model.named_parameters():
-        (rest if p.dim() < 2 or name.endswith(UNDECAYED) else decayed).append(p)
-    return [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-
-
-def warm_cosine(step: int, steps: int) -> float:
-    warm = max(1, steps // 50)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    def __call__(self, step: int, model: GDN2LM, loss: float) -> None:
+        bits = loss / math.log(2)
+        self._average = bits if math.isnan(self._average) else 0.98 * self._average + 0.02 * bits
+        self._bar.update()
+        if step % self._every == 0:
+            seen = bits_per_byte(TorchBackend(model), self._text)
+            self.points.append({"step": step, "train": round(self._average, 4), "held_out": round(seen, 4)})
+            self._bar.set_postfix(train=f"{self._average:.3f}", held_out=f"{seen:.3f}")
 
 
 def plot(curve: list[dict], file: Path) -> None:

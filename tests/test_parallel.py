@@ -13,6 +13,7 @@ import parallel_checks
 import pytest
 import ranks
 import sharding_checks
+import training_checks
 
 RESULTS = [(size, name) for name, (sizes, _) in ranks.CHECKS.items() for size in sizes]
 
@@ -38,7 +39,7 @@ def outcomes(tmp_path_factory):
 def start(size: int, folder: str) -> None:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(
-        [parallel_checks.__name__, sharding_checks.__name__]
+        [parallel_checks.__name__, sharding_checks.__name__, training_checks.__name__]
     )  # imported once, not per process
     processes = [server.Process(target=run, args=(rank, size, folder)) for rank in range(size)]
     for process in processes:
@@ -59,10 +60,11 @@ def test_processes_are_one_process(outcomes, size, name):
     assert not any(texts), "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
 
 
-def test_checks_of_both_files_are_run():
+def test_checks_of_every_file_are_run():
     assert {name for _, name in RESULTS} >= {
         sharding_checks.chunk_over_batch_and_heads.__name__,
         parallel_checks.fsdp_model_is_the_model.__name__,
+        training_checks.training_over_processes_is_training_in_one.__name__,
     }
 
 
