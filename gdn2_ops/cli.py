@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", help="text to continue; without it, standard input")
     generate.add_argument("--count", type=int, default=128, help="bytes to write (default 128)")
     generate.add_argument("--library", action="store_true", help="run an .onnx file with our ONNX Runtime kernels")
+    generate.add_argument("--cuda", action="store_true", help="run an .onnx file on the GPU (onnxruntime-gpu)")
     return parser
 
 
@@ -356,9 +357,9 @@ def _generate(options: argparse.Namespace) -> int:
     from gdn2_ops.runtime.generate import generate
 
     try:
-        backend = _backend(options.model, options.library)
+        backend = _backend(options.model, options.library, options.cuda)
     except RuntimeError as error:  # there is no GPU, or TensorRT refuses
-        if options.model.suffix != ".plan":
+        if options.model.suffix != ".plan" and not options.cuda:
             raise
         print(f"gdn2: error: {error}", file=sys.stderr)
         return 1
@@ -416,13 +417,13 @@ def _client(options: argparse.Namespace) -> int:
     return 0
 
 
-def _backend(model: Path, library: bool):
+def _backend(model: Path, library: bool, cuda: bool):
     if model.suffix == ".onnx":
         from gdn2_ops.runtime.session import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(model, library=library)
-    if library:
-        raise ValueError(f"expected an .onnx file with --library, got {str(model)!r}; gdn2 export writes one")
+        return OnnxRuntimeBackend(model, library=library, cuda=cuda)
+    if library or cuda:
+        raise ValueError(f"expected an .onnx file with --library or --cuda, got {str(model)!r}; gdn2 export writes one")
     if model.suffix == ".plan":
         from gdn2_ops.runtime.tensorrt_session import TensorRTBackend
 
