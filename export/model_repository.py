@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from gdn2_ops.compiled import find_library
 from gdn2_ops.export.onnx import export
+from gdn2_ops.export.tensorrt_commands import TRTEXEC_FLAGS
 
 BACKENDS = ("python", "onnxruntime", "tensorrt")
 STATE_NAMES = "{when}_{layer:02d}_{field}"  # the server pairs states by their sorted names
@@ -341,7 +342,7 @@ class _Native(_Writer):
             folder = f"{self.serving.name}_{model}/1"
             most = self.serving.most if model == "score" else self.serving.chunk
             lines.append(
-                f"trtexec --onnx={folder}/model.onnx --saveEngine={folder}/model.plan"
+                f"trtexec --onnx={folder}/model.onnx --saveEngine={folder}/model.plan {' '.join(TRTEXEC_FLAGS)}"
                 f" ${{PLUGIN:+--dynamicPlugins=$PLUGIN}} --minShapes={shapes(model, 1, 1)}"
                 f" --optShapes={shapes(model, slots, 1)} --maxShapes={shapes(model, slots, most)}"
             )

@@ -61,7 +61,7 @@ def export(
     library = None if plugin == "" else Path(plugin or tensorrt_library.path())
     if library is not None and not library.is_file():
         raise FileNotFoundError(f"expected a plugin library, got {str(library)!r}; gdn2 build-plugin writes one")
-    _tensorrt()  # before the export, which takes seconds
+    _tensorrt(), Driver()  # before the export, which takes seconds
     file, profiles = _write_onnx(model, plan, sizes, body, dtype)
     return build(file, plan, profiles, plugin=library, timing_cache=timing_cache, report=report)
 

@@ -17,6 +17,7 @@ Shape = tuple[int, ...]
 Axes = tuple[int | str, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]  # input: the least, the usual and the largest shape
 PREFILL, DECODE = 0, 1
+TRTEXEC_FLAGS = ("--stronglyTyped", "--noTF32", "--skipInference")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def trtexec(
     timing_cache: str | Path | None = None,
 ) -> str:
     """The line that builds `plan` of `file` with trtexec, which reads a profile's shapes right after its number."""
-    words = ["trtexec", f"--onnx={file}", f"--saveEngine={plan}", "--stronglyTyped", "--noTF32", "--skipInference"]
+    words = ["trtexec", f"--onnx={file}", f"--saveEngine={plan}", *TRTEXEC_FLAGS]
     words += [] if plugin is None else [f"--dynamicPlugins={plugin}"]
     words += [] if timing_cache is None else [f"--timingCacheFile={timing_cache}"]
     for i, profile in enumerate(profiles):

@@ -85,18 +85,17 @@ def test_the_builder_of_tensorrt_rtx_builds_both_profiles(wheel, exported, tmp_p
     assert seen["refused"].startswith("TensorRT's parser refuses") and seen["cancelled"]
 
 
-def test_an_export_of_a_model(standin, built, tmp_path):
-    said = []
-    cache = tmp_path / "timing.cache"
-    for known in (b"", b"timed", b"of another GPU"):
-        if known:
-            cache.write_bytes(known)
-        done = cli_export(tmp_path, "--plugin", built.library, "--timing-cache", cache)
-        assert done == 0 and cache.read_bytes() == b"timed"
-    caches = [line.pop("cache") for line in standin()]
-    assert caches == ["", "timed", ""]
-    file = tmp_path / "tiny.onnx"
+def test_an_export_of_a_model(standin, built, tmp_path, capsys):
+    said, cache, file = [], tmp_path / "timing.cache", tmp_path / "tiny.onnx"
+    assert cli_export(tmp_path, "--plugin", built.library, "--timing-cache", cache) == 0
+    printed = capsys.readouterr()
+    assert "4 of them plugins" in printed.out and "100% Building engine" in printed.err
     profiles = commands.Sizes(2, 16).profiles(commands.read_inputs(file))
+    for known in (b"timed", b"of another GPU"):
+        cache.write_bytes(known)
+        tensorrt.build(file, tmp_path / "tiny.plan", profiles, plugin=built.library, timing_cache=cache)
+        assert cache.read_bytes() == b"timed"
+    assert [line["cache"] for line in standin()] == ["", "timed", ""]
     found = tensorrt.build(
         file, tmp_path / "b.plan", profiles, plugin=built.library, report=lambda what, part: said.append((what, part))
     )
