@@ -152,7 +152,7 @@ TRT := build/tensorrt
 RTX := tensorrt-rtx-cu13
 LEAN := tensorrt-lean-cu13
 TRT_WHEELS := lean-10.15.1.29 lean-11.4.0.106 rtx-1.7.1.116 bindings-10.15.1.29 bindings-11.4.0.106 polygraphy-0.53.6 shellcheck-0.11.0.1 torch-tensorrt-2.13.0
-test-tensorrt: $(STAMP) $(TRT_WHEELS:%=$(TRT)/%)  ## the TensorRT plugin, and ONNX Runtime's kernels on CUDA, without a GPU: what is proven, rung by rung (190 MB of wheels)
+test-tensorrt: $(STAMP) $(TRT_WHEELS:%=$(TRT)/%)  ## the TensorRT plugin, and ONNX Runtime's kernels on CUDA, without a GPU: what is proven, rung by rung (200 MB of wheels)
 	$(BIN)/python -m pytest -v --no-header -rs tests/trt $(ARGS)
 
 tensorrt-headers: $(STAMP)  ## the declarations of runtime/tensorrt against a TensorRT's headers (ARGS=FOLDER of NvInferRuntime.h)

@@ -61,7 +61,8 @@ def export(
     library = None if plugin == "" else Path(plugin or tensorrt_library.path())
     if library is not None and not library.is_file():
         raise FileNotFoundError(f"expected a plugin library, got {str(library)!r}; gdn2 build-plugin writes one")
-    _tensorrt(), Driver()  # before the export, which takes seconds
+    _tensorrt()  # these two before the export, which takes seconds
+    Driver()
     file, profiles = _write_onnx(model, plan, sizes, body, dtype)
     return build(file, plan, profiles, plugin=library, timing_cache=timing_cache, report=report)
 
@@ -118,7 +119,7 @@ def build(
         build, with what it said. KeyboardInterrupt: the build was cancelled; nothing is written.
     """
     trt = _tensorrt()
-    driver = Driver()  # TensorRT without a driver returns objects that crash
+    Driver()  # TensorRT without a driver returns objects that crash
     began, log = time.perf_counter(), tensorrt_library.error_log(trt)
     if plugin is not None:
         tensorrt_library.load(trt, plugin, log)
@@ -146,7 +147,6 @@ def build(
     size = Path(plan).write_bytes(serialized)
     if timing_cache is not None:
         Path(timing_cache).write_bytes(cache.serialize())
-    driver.use()
     return Built(trt.__version__, len(kinds), plugins, size, time.perf_counter() - began)
 
 

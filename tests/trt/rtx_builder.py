@@ -20,10 +20,6 @@ class Builder(rtx.Builder):
         return config
 
 
-class NoDriver:
-    def use(self) -> None: ...
-
-
 def main(file: str, plan: str, cache: str) -> dict:
     module = types.ModuleType("tensorrt")
     module.__dict__.update({name: getattr(rtx, name) for name in dir(rtx) if not name.startswith("__")})
@@ -32,7 +28,7 @@ def main(file: str, plan: str, cache: str) -> dict:
     from gdn2_ops.export import tensorrt
     from gdn2_ops.export import tensorrt_commands as commands
 
-    tensorrt.Driver = NoDriver
+    tensorrt.Driver = object
     profiles, said = commands.Sizes(4, 64).profiles(commands.read_inputs(file)), []
     options = {"plugin": None, "timing_cache": cache}
     built = tensorrt.build(file, plan, profiles, **options, report=lambda what, part: said.append((what, part)))
