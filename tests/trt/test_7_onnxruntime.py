@@ -1,4 +1,4 @@
-"""Rung 5: ONNX Runtime's kernels on CUDA launch what the plugin launches: the torch launcher's launches.
+"""Rung 7: ONNX Runtime's kernels on CUDA launch what the plugin launches: the torch launcher's launches.
 
 A stand-in for ONNX Runtime counts what it lends; ONNX Runtime itself, with the library's providers renamed, runs the
 same code on memory of the host.
