@@ -175,7 +175,7 @@ $(TRT)/bindings-%: | $(STAMP)
 
 # Its compiled parts need CUDA; the converters are Python.
 $(TRT)/torch-tensorrt-%: | $(STAMP)
-	$(BIN)/python -m pip install -q --no-deps --target $@.part torch-tensorrt==$* dllist psutil
+	$(BIN)/python -m pip install -q --no-deps --target $@.part torch-tensorrt==$* dllist==2.0.0 psutil==7.2.2
 	rm -rf $@.part/torch_tensorrt/*.so $@.part/torch_tensorrt/lib $@.part/torch_tensorrt/bin
 	mv $@.part $@
 
