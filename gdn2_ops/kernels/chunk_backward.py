@@ -29,7 +29,8 @@ from torch import Tensor
 from gdn2_ops.kernels.chunk_forward import bounds, recur_for_backward
 from gdn2_ops.kernels.gradients import GRADIENTS
 from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.prepare import prepare, product
+from gdn2_ops.kernels.prepare import prepare
+from gdn2_ops.kernels.products import applied, loaded_product
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "key_size", "value_size"])
@@ -68,7 +69,6 @@ def recur_back_kernel(
     BV: tl.constexpr,
 ):
     operand: tl.constexpr = y_ptr.dtype.element_ty
-    PRECISION: tl.constexpr = "ieee" if operand == tl.float32 else "tf32"
     i_v = tl.program_id(0) % (V // BV)
     i_hv = tl.program_id(0) // (V // BV) % HV
     i_n = tl.program_id(0) // (V // BV * HV)
@@ -85,8 +85,6 @@ def recur_back_kernel(
     else:
         dstate_KV = tl.zeros([K, BV], tl.float32)
 
-    at_work_CK = i_C[:, None] * K + i_K[None, :]
-    at_work_CC = i_C[:, None] * C + i_C[None, :]
     for done in tl.range(0, chunks):
         i_c = chunks - 1 - done
         slot = (first_slot + i_c).to(tl.int64)
@@ -98,12 +96,9 @@ def recur_back_kernel(
         operand_KV = dstate_KV.to(operand)
         tl.store(dstates_ptr + (slot * HV + i_hv) * keys * values + at_KV, operand_KV, mask=live_KV)
         do_CV = tl.load(do_ptr + at_token + at_CV, mask=live_CV, other=0.0)
-        aqk_CC = tl.load(aqk_ptr + at_slot * C * C + at_work_CC)
-        dr_CV = tl.dot(tl.trans(aqk_CC), do_CV, input_precision=PRECISION)
-        kt_CK = tl.load(kt_ptr + at_slot * C * K + at_work_CK)
-        dr_CV = tl.dot(kt_CK, operand_KV, dr_CV, input_precision=PRECISION)
-        a_CC = tl.load(a_ptr + at_slot * C * C + at_work_CC)
-        dx_CV = product(tl.trans(a_CC), dr_CV, tl.zeros([C, BV], tl.float32), operand)
+        dr_CV = loaded_product(aqk_ptr + at_slot * C * C, 1, C, do_CV, tl.zeros([C, BV], tl.float32))
+        dr_CV = loaded_product(kt_ptr + at_slot * C * K, K, 1, operand_KV, dr_CV)
+        dx_CV = applied(a_ptr + at_slot * C * C, 1, C, dr_CV, operand)
         tl.store(dx_ptr + at_token + at_CV, dx_CV.to(operand), mask=live_CV)
         w_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         tl.store(dv_ptr + at_token + at_CV, (dx_CV * w_CV).to(operand), mask=live_CV)
@@ -111,34 +106,26 @@ def recur_back_kernel(
         tl.store(dw_ptr + at_token + at_CV, (dx_CV * v_CV).to(operand), mask=live_CV)
 
         dstate_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
-        qd_CK = tl.load(qd_ptr + at_slot * C * K + at_work_CK)
-        dstate_KV = tl.dot(tl.trans(qd_CK), do_CV, dstate_KV, input_precision=PRECISION)
-        y_CK = tl.load(y_ptr + at_slot * C * K + at_work_CK)
-        dstate_KV = tl.dot(tl.trans(y_CK), -dr_CV.to(operand), dstate_KV, input_precision=PRECISION)
+        dstate_KV = loaded_product(qd_ptr + at_slot * C * K, 1, K, do_CV, dstate_KV)
+        dstate_KV = loaded_product(y_ptr + at_slot * C * K, 1, K, -dr_CV.to(operand), dstate_KV)
     tl.store(dstate_ptr + at_state + at_KV, dstate_KV, mask=live_KV)
 
 
-RECUR_BACK = Kernel(
-    name="recur_back",
-    function=recur_back_kernel,
-    types=dict.fromkeys(("y", "qd", "kt"), "*q")
-    | {
-        "a": "*fp32",
-        "aqk": "*q",
-        "decay": "*fp32",
-        "v": "*q",
-        "w": "*q",
-        "do": "*q",
-        "dfinal_state": "*fp32",
-        "cu_seqlens": "*i64",
-    }
-    | dict.fromkeys(("T", "H", "HV", "key_size", "value_size"), "i32")
-    | dict.fromkeys(("dx", "dv", "dw", "dstates"), "*q")
-    | {"dstate": "*fp32"},
-    options={"STATE": (0, 1), "PACKED": (0, 1), "MASKED": (0, 1)},
-    grid="(N * HV * V / BV, 1, 1)",
-)
-KERNELS = (GRADIENTS, RECUR_BACK)
+def _described(name: str, masked: int) -> Kernel:
+    types = dict.fromkeys(("y", "qd", "kt"), "*q") | {"a": "*fp32", "aqk": "*q", "decay": "*fp32"}
+    types |= dict.fromkeys(("v", "w", "do"), "*q") | {"dfinal_state": "*fp32", "cu_seqlens": "*i64"}
+    types |= dict.fromkeys(("T", "H", "HV", "key_size", "value_size"), "i32")
+    return Kernel(
+        name=name,
+        function=recur_back_kernel,
+        types=types | dict.fromkeys(("dx", "dv", "dw", "dstates"), "*q") | {"dstate": "*fp32"},
+        options={"STATE": (0, 1), "PACKED": (0, 1), "MASKED": (masked,)},
+        grid="(N * HV * V / BV, 1, 1)",
+    )
+
+
+RECUR_BACK = (_described("recur_back", 0), _described("recur_back_masked", 1))  # by MASKED: other tiles
+KERNELS = (GRADIENTS, *RECUR_BACK)
 
 
 def chunk_backward(
@@ -164,7 +151,7 @@ def chunk_backward(
     dx, dv, dw, dstates = (torch.empty_like(x) for x in (v, v, w, states))
     dstate = g.new_empty(N, HV, key_size, value_size)
     packed, masked = int(cu_seqlens is not None), is_masked(key_size, value_size)
-    RECUR_BACK.launch(
+    RECUR_BACK[masked].launch(
         lambda c: (N * HV * (c["V"] // c["BV"]),),
         v.device,
         v.dtype,

@@ -94,7 +94,6 @@ def recur_kernel(
     else:
         state_KV = tl.zeros([K, BV], tl.float32)
 
-    at_work_CK = i_C[:, None] * K + i_K[None, :]
     for i_c in tl.range(begin, end):
         slot = (first_slot + i_c).to(tl.int64)
         at_slot = slot * H + i_hv // (HV // H)
@@ -111,15 +110,8 @@ def recur_kernel(
             tl.store(states_ptr + at_states + at_KV, operand_KV, mask=live_KV)
             tl.store(r_ptr + at_token + at_CV, r_CV, mask=live_CV)
         else:
-            if operand == tl.float32:
-                o_CV = tl.zeros([C, BV], tl.float32)
-                o_CV = loaded_product(qd_ptr + at_slot * C * K, K, 1, operand_KV, o_CV)
-                o_CV = loaded_product(aqk_ptr + at_slot * C * C, C, 1, r_CV, o_CV)
-            else:
-                qd_CK = tl.load(qd_ptr + at_slot * C * K + at_work_CK)
-                o_CV = tl.dot(qd_CK, operand_KV, input_precision="tf32")
-                aqk_CC = tl.load(aqk_ptr + at_slot * C * C + (i_C[:, None] * C + i_C[None, :]))
-                o_CV = tl.dot(aqk_CC, r_CV, o_CV, input_precision="tf32")
+            o_CV = loaded_product(qd_ptr + at_slot * C * K, K, 1, operand_KV, tl.zeros([C, BV], tl.float32))
+            o_CV = loaded_product(aqk_ptr + at_slot * C * C, C, 1, r_CV, o_CV)
             tl.store(o_ptr + at_token + at_CV, o_CV.to(operand), mask=live_CV)
         state_KV = carried(decay_ptr, kt_ptr, at_slot, r_CV, state_KV, C, K)
 

@@ -13,18 +13,28 @@ import triton.language as tl
 
 from gdn2_ops.kernels.kernel import Kernel
 from gdn2_ops.kernels.prepare import LOG2_E, along_blocks, locate, neighbours
+from gdn2_ops.kernels.products import product
 
 
 @triton.jit
-def pull(dp_CC, dt_CC, q_CK, e_CK, k_CK, row_CK, column_CK, dtype: tl.constexpr):
+def summed(a, b, acc, EXACT: tl.constexpr):
+    """acc + a b of operands that may be rounded to the digits of q's dtype."""
+    if EXACT:
+        return product(a, b, acc, tl.float32)
+    else:
+        return tl.dot(a, b, acc, input_precision="tf32")
+
+
+@triton.jit
+def pull(dp_CC, dt_CC, q_CK, e_CK, k_CK, row_CK, column_CK, dtype: tl.constexpr, EXACT: tl.constexpr):
     """Gradients of q, e and k from those of P = (row q) (column k)^T and T = (row e) (column k)^T."""
-    PRECISION: tl.constexpr = "ieee" if q_CK.dtype == dtype else "tf32"
     dp_CC, dt_CC = dp_CC.to(dtype), dt_CC.to(dtype)
     k_CK = (k_CK * column_CK).to(dtype)
-    dq_CK = row_CK * tl.dot(dp_CC, k_CK, input_precision=PRECISION)
-    dk_CK = tl.dot(tl.trans(dp_CC), (q_CK * row_CK).to(dtype), input_precision=PRECISION)
-    de_CK = row_CK * tl.dot(dt_CC, k_CK, input_precision=PRECISION)
-    dk_CK = tl.dot(tl.trans(dt_CC), (e_CK * row_CK).to(dtype), dk_CK, input_precision=PRECISION)
+    zero_CK = tl.zeros(k_CK.shape, tl.float32)
+    dq_CK = row_CK * summed(dp_CC, k_CK, zero_CK, EXACT)
+    dk_CK = summed(tl.trans(dp_CC), (q_CK * row_CK).to(dtype), zero_CK, EXACT)
+    de_CK = row_CK * summed(dt_CC, k_CK, zero_CK, EXACT)
+    dk_CK = summed(tl.trans(dt_CC), (e_CK * row_CK).to(dtype), dk_CK, EXACT)
     return dq_CK, de_CK, column_CK * dk_CK
 
 
@@ -288,18 +298,20 @@ def gradients_kernel(
         steep = tl.min(head_CK) < -SPAN
         dk_inside_CK = tl.zeros([C, BK], tl.float32)
         if not steep:
-            dq, de, dk_inside_CK = pull(in_dp_CC, in_dt_CC, q_CK, e_CK, k_CK, to_head_CK, tl.exp2(-head_CK), INSIDE)
+            dq, de, dk_inside_CK = pull(
+                in_dp_CC, in_dt_CC, q_CK, e_CK, k_CK, to_head_CK, tl.exp2(-head_CK), INSIDE, EXACT
+            )
             dq_CK += dq
             de_CK += de
         near_dp_CC, near_dt_CC = tl.where(near_CC & here, dp_CC, 0.0), tl.where(near_CC & here, dt_CC, 0.0)
         x_CK = tl.where(odd_C1, to_head_CK, to_reach_CK)
-        dq, de, dk = pull(near_dp_CC, near_dt_CC, q_CK, e_CK, k_CK, x_CK, x_CK, operand)
+        dq, de, dk = pull(near_dp_CC, near_dt_CC, q_CK, e_CK, k_CK, x_CK, x_CK, operand, EXACT)
         dq_CK += dq
         de_CK += de
         dk_CK += dk
         far_dp_CC, far_dt_CC = tl.where(far_CC & here, dp_CC, 0.0), tl.where(far_CC & here, dt_CC, 0.0)
         x_CK = tl.where(late_C1, to_head_CK, to_reach_CK) * to_rows(tl.exp2(along_blocks(link_PK, middle_PP)))
-        dq, de, dk = pull(far_dp_CC, far_dt_CC, q_CK, e_CK, k_CK, x_CK, x_CK, operand)
+        dq, de, dk = pull(far_dp_CC, far_dt_CC, q_CK, e_CK, k_CK, x_CK, x_CK, operand, EXACT)
         dlink_PK += along_blocks(tl.sum(in_blocks(q_CK * dq + e_CK * de + k_CK * dk), 1), of_middle_PP)
         dq_CK += dq
         de_CK += de

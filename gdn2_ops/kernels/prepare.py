@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.products import loaded_product, product
+from gdn2_ops.kernels.products import applied, loaded_product, product
 
 C = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -264,28 +264,15 @@ def bounds(cu_seqlens_ptr, i_n, T, C: tl.constexpr, PACKED: tl.constexpr):
 def writes(a_ptr, y_ptr, at_slot, z_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
     """R of a chunk; state_KV in the dtype of the workspace."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    r_CV = tl.zeros(z_CV.shape, tl.float32)
-    if dtype == tl.float32:
-        r_CV = loaded_product(a_ptr + at_slot * C * C, C, 1, z_CV, r_CV)
-        return loaded_product(y_ptr + at_slot * C * K, K, 1, -state_KV, r_CV)
-    else:
-        i_C, i_K = tl.arange(0, C), tl.arange(0, K)
-        a_CC = tl.load(a_ptr + at_slot * C * C + (i_C[:, None] * C + i_C[None, :]))
-        r_CV = product(a_CC, z_CV, r_CV, dtype)
-        y_CK = tl.load(y_ptr + at_slot * C * K + (i_C[:, None] * K + i_K[None, :]))
-        return (r_CV - tl.dot(y_CK, state_KV, input_precision="tf32")).to(dtype)
+    r_CV = applied(a_ptr + at_slot * C * C, C, 1, z_CV, dtype)
+    return loaded_product(y_ptr + at_slot * C * K, K, 1, -state_KV, r_CV).to(dtype)
 
 
 @triton.jit
 def carried(decay_ptr, kt_ptr, at_slot, r_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
     """The state after a chunk."""
-    i_C, i_K = tl.arange(0, C), tl.arange(0, K)
-    state_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
-    if r_CV.dtype == tl.float32:
-        return loaded_product(kt_ptr + at_slot * C * K, 1, K, r_CV, state_KV)
-    else:
-        kt_CK = tl.load(kt_ptr + at_slot * C * K + (i_C[:, None] * K + i_K[None, :]))
-        return tl.dot(tl.trans(kt_CK), r_CV, state_KV, input_precision="tf32")
+    state_KV *= tl.load(decay_ptr + at_slot * K + tl.arange(0, K))[:, None]
+    return loaded_product(kt_ptr + at_slot * C * K, 1, K, r_CV, state_KV)
 
 
 class Workspace(NamedTuple):

@@ -40,13 +40,30 @@ def product(a, b, acc, dtype: tl.constexpr):
 
 @triton.jit
 def loaded_product(a_ptr, row_stride: tl.constexpr, column_stride: tl.constexpr, b_NV, acc_MV):
-    """acc + a b of float32 tiles of which a, with its strides, is in memory."""
-    i_M, i_N = tl.arange(0, acc_MV.shape[0]), tl.arange(0, SLICE)
+    """acc + a b, to the digits of the dtype of b. a is in memory, with its strides."""
+    EXACT: tl.constexpr = b_NV.dtype == tl.float32
+    SUMMED: tl.constexpr = SLICE if EXACT else b_NV.shape[0]
+    i_M, i_N = tl.arange(0, acc_MV.shape[0]), tl.arange(0, SUMMED)
     at_MN = i_M[:, None] * row_stride + i_N[None, :] * column_stride
-    for i_slice in tl.range(0, b_NV.shape[0] // SLICE):
-        a_MN = tl.load(a_ptr + i_slice * SLICE * column_stride + at_MN)
-        acc_MV = tl.dot(a_MN, rows(b_NV, i_slice), acc_MV, input_precision="ieee")
-    return acc_MV
+    if EXACT:
+        for i_slice in tl.range(0, b_NV.shape[0] // SLICE):
+            a_MN = tl.load(a_ptr + i_slice * SLICE * column_stride + at_MN)
+            acc_MV = tl.dot(a_MN, rows(b_NV, i_slice), acc_MV, input_precision="ieee")
+        return acc_MV
+    else:
+        return tl.dot(tl.load(a_ptr + at_MN), b_NV, acc_MV, input_precision="tf32")
+
+
+@triton.jit
+def applied(a_ptr, row_stride: tl.constexpr, column_stride: tl.constexpr, x_CV, dtype: tl.constexpr):
+    """A x for A in memory, as `product`; A^T x with its strides exchanged."""
+    acc_CV = tl.zeros(x_CV.shape, tl.float32)
+    if dtype == tl.float32:
+        return loaded_product(a_ptr, row_stride, column_stride, x_CV, acc_CV)
+    else:
+        i_C = tl.arange(0, x_CV.shape[0])
+        a_CC = tl.load(a_ptr + (i_C[:, None] * row_stride + i_C[None, :] * column_stride))
+        return product(a_CC, x_CV, acc_CV, dtype)
 
 
 @triton.jit

@@ -98,11 +98,13 @@ ROWS = (
     _Row("summarise", HALF, (256,), HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=8)),
     _Row("summarise", ("fp32",), HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=8)),
     _Row("chain", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 32, "BV": 16}, num_warps=8)),
-    # recur_back: [K, BV] of the gradient of the state in registers.
+    # recur_back: [K, BV] of the gradient of the state in registers; masked, an address and a predicate for each number.
     _Row("recur_back", HALF, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 32}, num_warps=4)),
     _Row("recur_back", ("fp32",), HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 16}, num_warps=8)),
+    _Row("recur_back_masked", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 16}, num_warps=8)),
     # gradients: slices of 16 keys, since with 32 the factors of four products and their gradients spill.
-    _Row("gradients", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 16, "BV": 32}, num_warps=8)),
+    _Row("gradients", HALF, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 16, "BV": 32}, num_warps=8)),
+    _Row("gradients", ("fp32",), HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 16, "BV": 16}, num_warps=8)),
 )
 
 
