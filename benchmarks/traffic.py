@@ -1,7 +1,7 @@
 """Bytes that kernels load and store, counted in Triton's interpreter: `python -m benchmarks.traffic` prints JSON.
 
 Run with TRITON_INTERPRET=1, in a process of its own. Heads of 128, inputs in float16 (bfloat16 has the same bytes),
-decay and state in float32. The bytes for a token and head are the difference between three chunks of 64 tokens and two,
+decay and state in float32. The bytes for a token and head are the difference between four chunks of 64 tokens and two,
 so that what is read once for a sequence is not in them; those of a step are for one row and head, its state included.
 
 issued: every load and store of every program: what passes through the second level cache.
@@ -57,11 +57,11 @@ def counted() -> Iterator[dict[str, Traffic]]:
     running: list[Traffic] = []
 
     def counted_load(self, ptrs, mask, *rest):
-        running[-1].touch("loads", ptrs.data[mask.data], ptrs.get_element_ty().primitive_bitwidth // 8)
+        running[-1].touch("loads", ptrs.data[mask.data != 0], ptrs.get_element_ty().primitive_bitwidth // 8)
         return load(self, ptrs, mask, *rest)
 
     def counted_store(self, ptrs, value, mask, *rest):
-        running[-1].touch("stores", ptrs.data[mask.data], ptrs.get_element_ty().primitive_bitwidth // 8)
+        running[-1].touch("stores", ptrs.data[mask.data != 0], ptrs.get_element_ty().primitive_bitwidth // 8)
         return store(self, ptrs, value, mask, *rest)
 
     def counted_launch(self, *arguments, **keywords):
@@ -92,14 +92,16 @@ def problem(T: int) -> tuple[list[torch.Tensor], torch.Tensor]:
 def for_a_token(call: Callable) -> dict[str, dict[str, float]]:
     """kernel -> issued and memory, for a token and head. call: of the six tensors and the state."""
     counts = []
-    for chunks in (2, 3):
+    for chunks in (2, 4):
         six, state = problem(chunks * CHUNK)
         with counted() as found:
             call(*six, state)
         counts.append(found)
     fewer, more = counts
     return {
-        name: {way: (getattr(more[name], way) - getattr(fewer[name], way)) / CHUNK for way in ("issued", "memory")}
+        name: {
+            way: (getattr(more[name], way) - getattr(fewer[name], way)) / (2 * CHUNK) for way in ("issued", "memory")
+        }
         for name in more
     }
 

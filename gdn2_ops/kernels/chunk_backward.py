@@ -1,21 +1,22 @@
 """The gradients of whole sequences: four kernels, nothing kept from the forward pass but its inputs.
 
-`prepare`, `recur` (chunk_forward.py) again, with BACKWARD: the operands of every chunk, S before it, and R. Then with
-dS the gradient of the state after the chunk, equations (9) and (10) of docs/derivation.md in those operands:
+`prepare`, `recur` (chunk_forward.py) again, with BACKWARD: the operands of every chunk, S before every second one,
+and R. Then with dS the gradient of the state after the chunk, equations (9) and (10) of docs/derivation.md in those
+operands:
 
     dR = Aqk^T dO + Kt dS        dX = A^T dR        dv = w*dX        dw = v*dX
     dS before the chunk = Diag(decay) dS + Qd^T dO - Y^T dR                      (E^T dX = E^T A^T dR = Y^T dR)
 
 `recur_back`: one program per (sequence, value head, BV value channels), from the last chunk to the first, dS in
-              registers. Writes dS after each chunk, dX, dv, dw and the gradient of the initial state.
-`gradients` (gradients.py): one program per (slot, key head), in parallel over all chunks: the rest of (9) and (10), and
-              (11)-(13). It adds over the value heads of the group itself: no atomics, the same bits every time.
+              registers. Writes dS after each pair of chunks, dX, dv, dw and the gradient of the initial state.
+`gradients` (gradients.py): one program per (chunk, key head), in parallel over all chunks: the rest of (9) and (10),
+              and (11)-(13). It adds over the value heads of the group itself: no atomics, the same bits every time.
 
-Letters and slots as in chunk_forward.py. Between the two: dstates like states [slots, HV, key_size, value_size] and dx
-like r [B, T, HV, V], in q's dtype, rounded like every operand of a tensor core: float16 overflows where dS does.
+Letters, slots and pairs as in chunk_forward.py. Between the two: dstates like states [pairs, HV, key_size, value_size]
+and dx like r [B, T, HV, V], in q's dtype, rounded as operands of a tensor core are: float16 overflows where dS does.
 
-Memory. At most, over inputs and gradients: two states of a chunk, R and dX, that is 2 e V (K / C + 1) bytes for a token
-and value head, e bytes a number: 1,536 for bfloat16 and heads of 128, whose gradients are 1,792 and one state of a
+Memory. At most, over inputs and gradients: two states of a pair, R and dX, that is e V (K / C + 2) bytes for a token
+and value head, e bytes a number: 1,024 for bfloat16 and heads of 128, whose gradients are 1,792 and one state of a
 chunk 512. The workspace of `prepare` is freed before dq, dk, dg and db are made, which are larger.
 """
 
@@ -73,6 +74,7 @@ def recur_back_kernel(
     i_hv = tl.program_id(0) // (V // BV) % HV
     i_n = tl.program_id(0) // (V // BV * HV)
     first, tokens, first_slot = bounds(cu_seqlens_ptr, i_n, T, C, PACKED)
+    _, _, first_pair = bounds(cu_seqlens_ptr, i_n, T, 2 * C, PACKED)
     chunks = tl.cdiv(tokens, C)
     keys, values = key_size if MASKED else K, value_size if MASKED else V
 
@@ -94,11 +96,13 @@ def recur_back_kernel(
         at_CV = i_C[:, None] * (HV * values) + i_V[None, :]
         live_CV = (row + i_C < tokens)[:, None] & (i_V < values)[None, :]
         operand_KV = dstate_KV.to(operand)
-        tl.store(dstates_ptr + (slot * HV + i_hv) * keys * values + at_KV, operand_KV, mask=live_KV)
+        if (i_c % 2 == 1) | (done == 0):
+            at_dstates = ((first_pair + i_c // 2).to(tl.int64) * HV + i_hv) * keys * values
+            tl.store(dstates_ptr + at_dstates + at_KV, operand_KV, mask=live_KV)
         do_CV = tl.load(do_ptr + at_token + at_CV, mask=live_CV, other=0.0)
-        dr_CV = loaded_product(aqk_ptr + at_slot * C * C, 1, C, do_CV, tl.zeros([C, BV], tl.float32))
+        dr_CV = loaded_product(aqk_ptr + at_slot * C * C, 1, C, do_CV, tl.zeros([C, BV], tl.float32), -1)
         dr_CV = loaded_product(kt_ptr + at_slot * C * K, K, 1, operand_KV, dr_CV)
-        dx_CV = applied(a_ptr + at_slot * C * C, 1, C, dr_CV, operand)
+        dx_CV = applied(a_ptr + at_slot * C * C, C, dr_CV, operand, True)
         tl.store(dx_ptr + at_token + at_CV, dx_CV.to(operand), mask=live_CV)
         w_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         tl.store(dv_ptr + at_token + at_CV, (dx_CV * w_CV).to(operand), mask=live_CV)
@@ -163,11 +167,10 @@ def chunk_backward(
         PACKED=packed,
         MASKED=masked,
     )
-    slots = states.shape[0]
     del prepared
     dq, dk, dg, db = (torch.empty_like(x) for x in (q, k, g, b))
     GRADIENTS.launch(
-        (slots * H,),
+        (states.shape[0] * 2 * H,),
         q.device,
         q.dtype,
         key_size,

@@ -7,7 +7,7 @@ With E = gamma*b*k, Z = w*v, T, Aqk and A = (I + T)^-1 of docs/derivation.md (3)
 
 `prepare`: one program per (slot, key head), in parallel over all chunks. q, k, g, b -> Y, Qd, Kt, A, Aqk, decay.
 `recur`:   one program per (sequence, segment, value head, BV value channels), serial over chunks, S in registers.
-           With BACKWARD it writes what the backward pass needs, S before each chunk and R, instead of o.
+           With BACKWARD it writes what the backward pass needs, S before each pair of chunks and R, instead of o.
 
 Letters: C = 64 tokens of a chunk, P = 4 blocks of R = 16 tokens in it; K V the compiled head sizes (tiles.py) and
 key_size, value_size those of the call, smaller where MASKED; BK, BV channels of a slice of keys, of a tile of values.
@@ -15,10 +15,12 @@ N sequences; HV value heads in groups of HV / H that share a key head.
 
 The workspace, written by `prepare`. Chunk c of sequence n has slot n ceil(T / C) + c; packed sequences start at slot
 begin_n // C + n instead, which needs no table: there are T // C + N slots and those left over are never touched.
-Tokens past the end of a sequence are rows of zeros, of A the identity's. q's dtype, but a and decay are float32:
+Pairs of chunks have places of their own, by the same rule with 2 C. Tokens past the end of a sequence are rows of
+zeros, of A the identity's; blocks of 16 above the diagonals of A and Aqk are not touched. q's dtype, but a and decay
+are float32:
 
     y, qd, kt [slots, H, C, K]      a, aqk [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
-    BACKWARD:  states [slots, HV, key_size, value_size], q's dtype      r [B, T, HV, V] like v
+    BACKWARD:  states [pairs, HV, key_size, value_size], q's dtype      r [B, T, HV, V] like v
 
 A token sees the ones before it only, bit for bit, as long as all of its chunk is finite: zeros of A and Aqk times an
 infinity are NaN. E is not kept: the one place that wants it, E^T dX in the gradient of S (10), is Y^T dR.
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, bounds, carried, prepare, writes
+from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, bounds, carried, prepare, slots, writes
 from gdn2_ops.kernels.products import loaded_product
 from gdn2_ops.kernels.segments import CHAIN, SUMMARISE, starts
 
@@ -80,6 +82,7 @@ def recur_kernel(
     i_run = tl.program_id(0) // (V // BV * HV)  # of N * segments
     i_n = i_run // segments
     first, tokens, first_slot = bounds(cu_seqlens_ptr, i_n, T, C, PACKED)
+    _, _, first_pair = bounds(cu_seqlens_ptr, i_n, T, 2 * C, PACKED)
     chunks = tl.cdiv(tokens, C)
     begin = i_run % segments * length
     end = tl.minimum(begin + length, chunks)
@@ -106,12 +109,13 @@ def recur_kernel(
         operand_KV = state_KV.to(operand)
         r_CV = writes(a_ptr, y_ptr, at_slot, z_CV, operand_KV, C, K)
         if BACKWARD:
-            at_states = (slot * HV + i_hv) * keys * values
-            tl.store(states_ptr + at_states + at_KV, operand_KV, mask=live_KV)
+            if i_c % 2 == 0:
+                at_states = ((first_pair + i_c // 2).to(tl.int64) * HV + i_hv) * keys * values
+                tl.store(states_ptr + at_states + at_KV, operand_KV, mask=live_KV)
             tl.store(r_ptr + at_token + at_CV, r_CV, mask=live_CV)
         else:
             o_CV = loaded_product(qd_ptr + at_slot * C * K, K, 1, operand_KV, tl.zeros([C, BV], tl.float32))
-            o_CV = loaded_product(aqk_ptr + at_slot * C * C, C, 1, r_CV, o_CV)
+            o_CV = loaded_product(aqk_ptr + at_slot * C * C, C, 1, r_CV, o_CV, 1)
             tl.store(o_ptr + at_token + at_CV, o_CV.to(operand), mask=live_CV)
         state_KV = carried(decay_ptr, kt_ptr, at_slot, r_CV, state_KV, C, K)
 
@@ -168,9 +172,10 @@ def recur(
 def recur_for_backward(
     prepared: Workspace, v: Tensor, w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, key_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Launches `recur` for the states before each chunk [slots, HV, K, V] and r [B, T, HV, V]."""
+    """Launches `recur` for the states before each pair of chunks [pairs, HV, K, V] and r [B, T, HV, V]."""
     r = torch.empty_like(v, memory_format=torch.contiguous_format)
-    states = v.new_empty(prepared.y.shape[0], v.shape[2], key_size, v.shape[3])
+    pairs = slots(v.shape[0], v.shape[1], cu_seqlens, 2 * C)
+    states = v.new_empty(pairs, v.shape[2], key_size, v.shape[3])
     _launch_recur(prepared, v, w, state, cu_seqlens, (None, None, states, r), key_size)
     return states, r
 

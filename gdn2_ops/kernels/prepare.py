@@ -234,15 +234,15 @@ def prepare_kernel(
     aqk_PRR = tl.where((i_R[:, None] >= i_R[None, :])[None, :, :], aqk_PRR, 0.0)
     tl.store(aqk_ptr + at_slot * C * C + at_PRR, aqk_PRR.to(operand))
     aqk_CC = tl.where(block_C1 > block_1C, tl.where(near_CC, aqk_near_CC, aqk_far_CC), 0.0)
-    tl.store(aqk_ptr + at_slot * C * C + at_CC, aqk_CC.to(operand), mask=block_C1 != block_1C)
+    tl.store(aqk_ptr + at_slot * C * C + at_CC, aqk_CC.to(operand), mask=block_C1 > block_1C)
     a_CC = invert(t_PRR, tl.where(near_CC, t_near_CC, t_far_CC), operand)
-    tl.store(a_ptr + at_slot * C * C + at_CC, a_CC)
+    tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=block_C1 >= block_1C)
     if EXACT:
         tl.debug_barrier()  # A and E come back in slices that other threads wrote
         for i_slice in tl.range(0, SLICES):
             at_CK = at_slot * C * K + i_C[:, None] * K + (i_slice * BK + tl.arange(0, BK))[None, :]
             e_CK = tl.load(y_ptr + at_CK)
-            y_CK = loaded_product(a_ptr + at_slot * C * C, C, 1, e_CK, tl.zeros([C, BK], tl.float32))
+            y_CK = applied(a_ptr + at_slot * C * C, C, e_CK, operand)
             tl.store(y_ptr + at_CK, y_CK)
     else:
         y_CK = product(a_CC, tl.reshape(e_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
@@ -264,7 +264,7 @@ def bounds(cu_seqlens_ptr, i_n, T, C: tl.constexpr, PACKED: tl.constexpr):
 def writes(a_ptr, y_ptr, at_slot, z_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
     """R of a chunk; state_KV in the dtype of the workspace."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    r_CV = applied(a_ptr + at_slot * C * C, C, 1, z_CV, dtype)
+    r_CV = applied(a_ptr + at_slot * C * C, C, z_CV, dtype)
     return loaded_product(y_ptr + at_slot * C * K, K, 1, -state_KV, r_CV).to(dtype)
 
 
@@ -300,18 +300,23 @@ PREPARE = Kernel(
 )
 
 
+def slots(B: int, T: int, cu_seqlens: Tensor | None, size: int) -> int:
+    """How many chunks of `size` tokens have a place, those of packed sequences that are never touched included."""
+    return B * triton.cdiv(T, size) if cu_seqlens is None else T // size + cu_seqlens.shape[0] - 1
+
+
 def prepare(q: Tensor, k: Tensor, g: Tensor, b: Tensor, cu_seqlens: Tensor | None, scale: float) -> Workspace:
     """Launches `prepare`. Tensors of other strides than contiguous ones are copied, here and below."""
     (B, T, H, key_size), K = q.shape, tiles.head_size(q.shape[3])
-    slots = B * triton.cdiv(T, C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
-    keys = (q.new_empty(slots, H, C, K) for _ in range(3))
+    chunks = slots(B, T, cu_seqlens, C)
+    keys = (q.new_empty(chunks, H, C, K) for _ in range(3))
     y, qd, kt = keys
-    aqk = q.new_empty(slots, H, C, C)
-    out = Workspace(y, qd, kt, g.new_empty(slots, H, C, C), aqk, g.new_empty(slots, H, K))
+    aqk = q.new_empty(chunks, H, C, C)
+    out = Workspace(y, qd, kt, g.new_empty(chunks, H, C, C), aqk, g.new_empty(chunks, H, K))
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     inputs = (q.contiguous(), k.contiguous(), g.contiguous(), b.contiguous(), cu_seqlens)
     PREPARE.launch(
-        (slots * H,),
+        (chunks * H,),
         q.device,
         q.dtype,
         key_size,

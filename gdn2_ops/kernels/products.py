@@ -39,31 +39,46 @@ def product(a, b, acc, dtype: tl.constexpr):
 
 
 @triton.jit
-def loaded_product(a_ptr, row_stride: tl.constexpr, column_stride: tl.constexpr, b_NV, acc_MV):
-    """acc + a b, to the digits of the dtype of b. a is in memory, with its strides."""
+def loaded_product(
+    a_ptr, row_stride: tl.constexpr, column_stride: tl.constexpr, b_NV, acc_MV, TRIANGLE: tl.constexpr = 0
+):
+    """acc + a b, to the digits of the dtype of b. a is in memory, with its strides; TRIANGLE as in `triangle`."""
     EXACT: tl.constexpr = b_NV.dtype == tl.float32
     SUMMED: tl.constexpr = SLICE if EXACT else b_NV.shape[0]
     i_M, i_N = tl.arange(0, acc_MV.shape[0]), tl.arange(0, SUMMED)
     at_MN = i_M[:, None] * row_stride + i_N[None, :] * column_stride
     if EXACT:
         for i_slice in tl.range(0, b_NV.shape[0] // SLICE):
-            a_MN = tl.load(a_ptr + i_slice * SLICE * column_stride + at_MN)
+            i_N = i_slice * SLICE + tl.arange(0, SLICE)
+            a_MN = triangle(a_ptr + i_slice * SLICE * column_stride + at_MN, i_M, i_N, TRIANGLE)
             acc_MV = tl.dot(a_MN, rows(b_NV, i_slice), acc_MV, input_precision="ieee")
         return acc_MV
     else:
-        return tl.dot(tl.load(a_ptr + at_MN), b_NV, acc_MV, input_precision="tf32")
+        return tl.dot(triangle(a_ptr + at_MN, i_M, i_N, TRIANGLE), b_NV, acc_MV, input_precision="tf32")
 
 
 @triton.jit
-def applied(a_ptr, row_stride: tl.constexpr, column_stride: tl.constexpr, x_CV, dtype: tl.constexpr):
-    """A x for A in memory, as `product`; A^T x with its strides exchanged."""
+def triangle(a_ptr_MN, i_M, i_N, TRIANGLE: tl.constexpr):
+    """Loads a tile: all of it, or the blocks of 16 up to the diagonal (1) or from it on (-1); the rest is zeros."""
+    if TRIANGLE == 0:
+        return tl.load(a_ptr_MN)
+    else:
+        return tl.load(a_ptr_MN, mask=TRIANGLE * (i_M[:, None] // 16 - i_N[None, :] // 16) >= 0, other=0.0)
+
+
+@triton.jit
+def applied(a_ptr, C: tl.constexpr, x_CV, dtype: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """A x for A in memory, as `product`, or A^T x."""
+    row_stride: tl.constexpr = 1 if TRANSPOSED else C
+    column_stride: tl.constexpr = C if TRANSPOSED else 1
+    TRIANGLE: tl.constexpr = -1 if TRANSPOSED else 1
     acc_CV = tl.zeros(x_CV.shape, tl.float32)
     if dtype == tl.float32:
-        return loaded_product(a_ptr, row_stride, column_stride, x_CV, acc_CV)
+        return loaded_product(a_ptr, row_stride, column_stride, x_CV, acc_CV, TRIANGLE)
     else:
-        i_C = tl.arange(0, x_CV.shape[0])
-        a_CC = tl.load(a_ptr + (i_C[:, None] * row_stride + i_C[None, :] * column_stride))
-        return product(a_CC, x_CV, acc_CV, dtype)
+        i_C = tl.arange(0, C)
+        at_CC = i_C[:, None] * row_stride + i_C[None, :] * column_stride
+        return product(triangle(a_ptr + at_CC, i_C, i_C, TRIANGLE), x_CV, acc_CV, dtype)
 
 
 @triton.jit

@@ -104,7 +104,7 @@ ROWS = (
     _Row("recur_back_masked", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BV": 16}, num_warps=8)),
     # gradients: slices of 16 keys, since with 32 the factors of four products and their gradients spill.
     _Row("gradients", HALF, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 16, "BV": 32}, num_warps=8)),
-    _Row("gradients", ("fp32",), HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 16, "BV": 16}, num_warps=8)),
+    _Row("gradients", ("fp32",), HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 8, "BV": 16}, num_warps=8)),
 )
 
 
