@@ -69,6 +69,8 @@ def machine() -> dict:
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         processor = names[0].split(":")[1].strip() if names else processor
+    if study.DEVICE.type == "cuda":
+        processor += f" with {torch.cuda.get_device_name()}"
     return {
         "command": "make recall",
         "date": time.strftime("%Y-%m-%d"),

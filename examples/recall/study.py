@@ -28,6 +28,7 @@ from gdn2_ops import corpus, tasks
 SELECTION_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 RATES = (3e-3, 8e-3)
 SIZES = {"size": 64, "layers": 1, "heads": 2}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Record = dict[str, Any]
 
 
@@ -124,7 +125,7 @@ def train(run: Run) -> Record:
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     began, began_cpu = time.perf_counter(), time.process_time()
-    model = Model(run.variant, task.vocab, head_dim=task.head_dim, **SIZES)
+    model = Model(run.variant, task.vocab, head_dim=task.head_dim, **SIZES).to(DEVICE)
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
@@ -134,7 +135,7 @@ def train(run: Run) -> Record:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, task.steps))
     losses = []
     for step in range(task.steps):
-        batch = task.learn(run.seed * 10**6 + step)
+        batch = on_device(task.learn(run.seed * 10**6 + step))
         asked = batch.targets != tasks.NOT_ASKED
         loss = F.cross_entropy(model(batch.tokens, asked), batch.targets[asked])
         loss.backward()
@@ -145,13 +146,18 @@ def train(run: Run) -> Record:
         losses.append(loss.item())
     return {
         **asdict(run),
-        "scores": {what: round(score(model, ask()), 4) for what, ask in task.ask.items()},
+        "scores": {what: round(score(model, on_device(ask())), 4) for what, ask in task.ask.items()},
         "loss": round(sum(losses[-100:]) / len(losses[-100:]), 4),
         "parameters": sum(p.numel() for p in parameters),
         "state": SIZES["layers"] * SIZES["heads"] * task.head_dim**2,
         "cpu_s": round(time.process_time() - began_cpu, 1),
         "wall_s": round(time.perf_counter() - began, 1),
     }
+
+
+def on_device(batch: tasks.Batch) -> tasks.Batch:
+    """Where the model is; the numbers are made on the CPU, so that they are the same everywhere."""
+    return tasks.Batch(*(x.to(DEVICE) for x in batch))
 
 
 @torch.no_grad()
