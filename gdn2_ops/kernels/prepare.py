@@ -265,7 +265,8 @@ def writes(a_ptr, y_ptr, at_slot, z_CV, state_KV, C: tl.constexpr, K: tl.constex
     """R of a chunk; state_KV in the dtype of the workspace."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     r_CV = applied(a_ptr + at_slot * C * C, C, z_CV, dtype)
-    return loaded_product(y_ptr + at_slot * C * K, K, 1, -state_KV, r_CV).to(dtype)
+    taken_CV = loaded_product(y_ptr + at_slot * C * K, K, 1, state_KV, tl.zeros(z_CV.shape, tl.float32))
+    return (r_CV - taken_CV).to(dtype)
 
 
 @triton.jit
