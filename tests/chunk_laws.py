@@ -9,9 +9,9 @@ from gdn2_ops import reference
 
 # Two reflections on nearly one key undo each other and nothing decays: the roundings of R and Kt, operands of matrix
 # units, stay in the state (docs/decisions/0005).
-# In float64 I + T of its first chunk has condition 915 (3 in "130 tokens"), and a row of its inverse sums to 37
-# in absolute value. In float32 the specification's own gradients are off by 2e-6 to 5e-6 of the largest number, the
-# kernels' by 3e-6 to 9e-6; dw needs 7.4 roundings more than twice the specification's error, dk 1.6 and the others none.
+# In float64 I + T of its first chunk has condition 915 (3 in "130 tokens"), and a row of its inverse sums to 37 in
+# absolute value. In float32 the specification's own gradients are off by 2e-6 to 5e-6 of the largest number, the
+# kernels' by 3e-6 to 9e-6; beyond twice the specification's error dw needs 7.4 roundings, dk 1.6, the others none.
 # In float16 db needs 1.5 and dq, dk and, with resets, the state's 1.1 to 1.2. So neither 8 nor 2 below can be smaller.
 NEUTRAL = "130 tokens, equal keys, reflections"
 FORGETS = "65 tokens, resets, full erase"  # the initial state: its gradient is 1e-13 times that of the final state
