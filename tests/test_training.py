@@ -1,5 +1,6 @@
 """A training run that stops and resumes ends with the bytes of an unbroken one; tokens on disk are checked as read."""
 
+import argparse
 import json
 import math
 import sys
@@ -53,8 +54,27 @@ def test_a_run_that_stops_and_resumes_ends_with_the_same_bytes(data, unbroken, t
     assert GDN2LM.from_pretrained(tmp_path).config.num_layers == 2
 
 
-def test_accumulated_rows_are_a_larger_batch(data, tmp_path):
-    """One step of two forwards has the gradient of one forward with all the rows."""
+def test_accumulated_rows_are_a_larger_batch(data, tmp_path, monkeypatch):
+    """One step of two forwards has the gradient of one forward with all the rows: AdamW's first moment is a tenth."""
+    of_forward = train.batch_of
+    trained(tmp_path / "two", data, "--steps", "1", "--clip", "1e9")
+
+    def all_rows(tokens, options, step, i):
+        options = argparse.Namespace(**vars(options) | {"batch": 2})
+        return torch.cat([of_forward(tokens, options, step, i) for i in range(2)])
+
+    monkeypatch.setattr(train, "batch_of", all_rows)
+    trained(tmp_path / "one", data, "--steps", "1", "--clip", "1e9", "--batch", "4", "--accumulate", "1")
+    two, one = (
+        torch.load(tmp_path / name / train.CHECKPOINT, weights_only=True)["optimizer"]["state"]
+        for name in ("two", "one")
+    )
+    assert two.keys() == one.keys() and len(two) > 10
+    for name, state in two.items():
+        torch.testing.assert_close(state["exp_avg"], one[name]["exp_avg"], rtol=1e-4, atol=1e-7)
+
+
+def test_each_forward_of_a_step_reads_rows_of_its_own(data):
     options = train.parser().parse_args(["--data", "x", "--out", "x", "--batch", "2", "--length", "12"])
     tokens = TokenShards(data, vocab_size=50, length=13)
     rows = [train.batch_of(tokens, options, 3, i) for i in range(2)]
