@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
-import platform
-import shutil
 import sys
-import tempfile
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
+from gdn2_ops import commands
+
 DEFAULT_MODEL = Path("examples/models/tiny")
-PARTS = {
-    "onnx": ("onnx", "onnx_ir", "onnxscript", "onnxruntime"),
-    "genai": ("onnxruntime_genai",),
-    "triton": ("triton",),
-    "tensorrt": ("triton", "cmake"),
-    "server": ("tritonclient",),
-    "transformers": ("transformers",),
-}
+Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]  # name, function, help
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,25 +25,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gdn2", description="Gated DeltaNet-2: export, run and compare.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
+    def command(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = subparsers.add_parser(name, help=text, description=text)
         added.set_defaults(command=function)
         return added
 
-    command("info", _info, "versions, devices and installed parts")
+    command("info", commands.info, "versions, devices and installed parts")
 
     demo = command(
-        "demo", _demo, "eager, compiled, ONNX Runtime, a server on real text: do they agree, how fast are they"
+        "demo", commands.demo, "eager, compiled, ONNX Runtime, a server on real text: do they agree, how fast are they"
     )
     demo.add_argument("--model", type=Path, default=DEFAULT_MODEL, help=f"model folder (default {DEFAULT_MODEL})")
     demo.add_argument("-o", "--output", type=Path, help="keep the ONNX file here")
     demo.add_argument(
         "--server", type=Path, help="environment with Triton Inference Server (make serve-env: .venv-serve)"
     )
+    _add_exports(command)
+    _add_checks(command)
+    _add_servers(command)
+    return parser
 
-    export = command("export", _export, "write a model for another runtime")
+
+def _add_exports(command: Command) -> None:
+    """What writes files for others, and what reads those of others."""
+    export = command("export", commands.export, "write a model for another runtime")
     export.add_argument("model", type=Path, help="model folder")
     targets = ["onnx", "aoti", "tensorrt", "genai", "triton-repository"]
     export.add_argument("--to", choices=targets, required=True, help="aoti: a .pt2 package; tensorrt: a plan")
@@ -78,12 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--threads", type=int, help="... threads of ONNX Runtime (default: its own choice)")
     export.add_argument("--server-library", help="... path of our library on the server's machine, '' for none")
 
-    kernels = command("build-kernels", _build_kernels, "compile the GPU kernels to cubins and a manifest; needs no GPU")
+    kernels = command(
+        "build-kernels", commands.build_kernels, "compile the GPU kernels to cubins and a manifest; needs no GPU"
+    )
     kernels.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     kernels.add_argument("--kernel", action="append", help="a name of the table; again for more (default: all)")
     _add_selection(kernels)
 
-    plugin = command("build-plugin", _build_plugin, "compile the GPU kernels of TensorRT or ONNX Runtime; needs no GPU")
+    plugin = command(
+        "build-plugin", commands.build_plugin, "compile the GPU kernels of TensorRT or ONNX Runtime; needs no GPU"
+    )
     plugin.add_argument(
         "--for",
         dest="target",
@@ -94,13 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     plugin.add_argument("-o", "--output", type=Path, help="folder to write (default: the package's own)")
     _add_selection(plugin)
 
-    convert = command("convert", _convert, "write a published checkpoint as a model folder")
+    convert = command("convert", commands.convert, "write a published checkpoint as a model folder")
     convert.add_argument("checkpoint", type=Path, help=".safetensors, or what torch.save wrote")
     convert.add_argument("--config", required=True, help="its sizes: gdn2-1.3b, gdn2-1.3b-hybrid, or a model folder")
     convert.add_argument("--output-gate", choices=["silu", "sigmoid"], help="of its layers (default: of the config)")
     convert.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
 
-    check = command("check", _check, "run an exported file in every backend found here, or look through a repository")
+
+def _add_checks(command: Command) -> None:
+    """What runs a file."""
+    check = command(
+        "check", commands.check, "run an exported file in every backend found here, or look through a repository"
+    )
     check.add_argument(
         "file",
         type=Path,
@@ -110,14 +116,25 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--plugin", type=Path, help="plan: its plugin's library (default: of gdn2 build-plugin)")
     check.add_argument("--in-place", action="store_true", help="plan: states in one buffer, as our plugin allows")
     check.add_argument("--body", action="append", default=[], help="compare this body too; may be given again")
-    serve = command("serve", _serve, "serve a model repository on the loopback with Triton Inference Server")
+
+    generate = command("generate", commands.generate, "continue a prompt with the most probable bytes")
+    generate.add_argument("model", type=Path, help="model folder, .onnx file, .pt2 package or .plan of TensorRT")
+    generate.add_argument("--prompt", help="text to continue; without it, standard input")
+    generate.add_argument("--count", type=int, default=128, help="bytes to write (default 128)")
+    generate.add_argument("--library", action="store_true", help="run an .onnx file with our ONNX Runtime kernels")
+    generate.add_argument("--cuda", action="store_true", help="run an .onnx file on the GPU (onnxruntime-gpu)")
+
+
+def _add_servers(command: Command) -> None:
+    """Triton Inference Server and its client."""
+    serve = command("serve", commands.serve, "serve a model repository on the loopback with Triton Inference Server")
     serve.add_argument("repository", type=Path, help="folder that gdn2 export --to triton-repository wrote")
     serve.add_argument("--env", type=Path, default=Path(".venv-serve"), help="of make serve-env (default .venv-serve)")
     serve.add_argument("--ports", default="8000,8001,8002", help="of HTTP, gRPC and metrics; 0 is any free one")
     serve.add_argument("--log", type=Path, help="file of the server's output (default: one in the temporary folder)")
     serve.add_argument("--canary-seconds", type=float, default=10, help="between two canary requests (default 10)")
 
-    client = command("client", _client, "continue a prompt on a server, as a stream, or ask whether it answers")
+    client = command("client", commands.client, "continue a prompt on a server, as a stream, or ask whether it answers")
     client.add_argument("--prompt", help="text to continue; without it, standard input")
     client.add_argument("--count", type=int, default=128, help="bytes to write (default 128)")
     client.add_argument("--seconds", type=float, help="deadline of the generation")
@@ -126,314 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     client.add_argument("--grpc", help="address; then the stream goes over gRPC")
     client.add_argument("--canary", action="store_true", help="only ask every model for an answer: a liveness probe")
 
-    generate = command("generate", _generate, "continue a prompt with the most probable bytes")
-    generate.add_argument("model", type=Path, help="model folder, .onnx file, .pt2 package or .plan of TensorRT")
-    generate.add_argument("--prompt", help="text to continue; without it, standard input")
-    generate.add_argument("--count", type=int, default=128, help="bytes to write (default 128)")
-    generate.add_argument("--library", action="store_true", help="run an .onnx file with our ONNX Runtime kernels")
-    generate.add_argument("--cuda", action="store_true", help="run an .onnx file on the GPU (onnxruntime-gpu)")
-    return parser
-
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", type=int, action="append", help="80, 90, 100 or 120; again for more (default: all)")
     parser.add_argument("--head-size", action="append", help="128, or 128x256 for K and V; again for more")
     parser.add_argument("--dtype", action="append", help="fp32, bf16 or fp16; again for more (default: all)")
     parser.add_argument("--jobs", type=int, help="processes (default: one for each core)")
-
-
-def _info(options: argparse.Namespace) -> int:
-    import torch
-
-    from gdn2_ops.custom_ops.contract import SCHEMAS
-
-    print(f"gdn2-ops {importlib.metadata.version('gdn2-ops')}, Python {platform.python_version()}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.cuda.is_available()}")
-    for part, packages in PARTS.items():
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        state = f"missing {', '.join(missing)}: pip install 'gdn2-ops[{part}]'" if missing else "installed"
-        print(f"{part}: {state}")
-    print("operators: " + ", ".join(f"gdn2::{name}" for name in SCHEMAS))
-    return 0
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from gdn2_ops import demo
-
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        return demo.run(options.model, options.output, options.server)
-    with tempfile.TemporaryDirectory() as folder:
-        return demo.run(options.model, Path(folder) / "model.onnx", options.server)
-
-
-def _export(options: argparse.Namespace) -> int:
-    from gdn2_ops.model import GDN2LM
-
-    if options.to != "genai" and (options.library or options.tokenizer):
-        raise ValueError(f"expected --library and --tokenizer with --to genai, got --to {options.to}")
-    if options.to not in ("onnx", "tensorrt") and options.dtype:
-        raise ValueError(f"expected --dtype with --to onnx or tensorrt, got --to {options.to}")
-    if options.to != "onnx" and (options.quantize or options.opset):
-        raise ValueError(f"expected --quantize and --opset with --to onnx, got --to {options.to}")
-    of_plans = (options.batch, options.tokens, options.plugin, options.timing_cache, options.dry_run or None)
-    if options.to != "tensorrt" and any(x is not None for x in of_plans):
-        raise ValueError(
-            "expected --batch, --tokens, --plugin, --timing-cache and --dry-run with --to tensorrt, "
-            f"got --to {options.to}"
-        )
-    of_repositories = (options.backend, options.slots, options.threads, options.server_library)
-    if options.to != "triton-repository" and any(x is not None for x in of_repositories):
-        raise ValueError(
-            "expected --backend, --slots, --threads and --server-library with --to triton-repository, "
-            f"got --to {options.to}"
-        )
-    if options.to == "triton-repository":
-        return _export_repository(options)
-    if not options.output.parent.is_dir():
-        raise FileNotFoundError(f"expected an existing folder to write to, got {str(options.output.parent)!r}")
-    model = GDN2LM.from_pretrained(options.model)
-    if options.to == "tensorrt":
-        return _export_plan(model, options)
-    if options.to == "genai":
-        from gdn2_ops.export import genai
-
-        folder = genai.export(
-            model, options.output, body=options.body, library=options.library, tokenizer=options.tokenizer
-        )
-        print(f"wrote {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
-        return 0
-    if options.to == "aoti":
-        from gdn2_ops.export import aoti
-
-        file = aoti.export(model, options.output)
-    else:
-        file = _export_onnx(model, options)
-    print(f"wrote {file} ({file.stat().st_size:,} bytes)")
-    return 0
-
-
-def _export_onnx(model, options: argparse.Namespace) -> Path:
-    from gdn2_ops.export.onnx import OPSET, export
-    from gdn2_ops.export.onnx_quantize import quantize_int8
-
-    write = partial(export, model, body=options.body, opset=options.opset or OPSET, dtype=_dtype(options))
-    if options.quantize is None:
-        return write(options.output)
-    with tempfile.TemporaryDirectory() as folder:
-        return quantize_int8(write(Path(folder) / "model.onnx"), options.output)
-
-
-def _dtype(options: argparse.Namespace):
-    import torch
-
-    return None if options.dtype is None else getattr(torch, options.dtype)
-
-
-def _export_plan(model, options: argparse.Namespace) -> int:
-    from gdn2_ops.export import tensorrt
-    from gdn2_ops.export.tensorrt_commands import Sizes
-
-    given = {"batch": options.batch, "tokens": options.tokens}
-    sizes = Sizes(**{name: value for name, value in given.items() if value is not None})
-    of_file = {"body": options.body, "dtype": _dtype(options)}
-    of_build = {"plugin": options.plugin, "timing_cache": options.timing_cache}
-    if options.dry_run:
-        print("\n\n".join(tensorrt.dry_run(model, options.output, sizes, **of_file, **of_build)))
-        return 0
-    try:
-        built = tensorrt.export(model, options.output, sizes, **of_file, **of_build, report=tensorrt.progress_bar())
-    except RuntimeError as error:  # there is no GPU, or TensorRT refuses
-        print(f"gdn2: error: {error}", file=sys.stderr)
-        return 1
-    print(
-        f"wrote {options.output} ({built.size:,} bytes): TensorRT {built.version}, {built.layers} layers, "
-        f"{built.plugins} of them plugins, {built.seconds:.0f} s"
-    )
-    return 0
-
-
-def _convert(options: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from gdn2_ops.checkpoints import load_published
-    from gdn2_ops.model import PRESETS, GDN2Config
-
-    config = PRESETS[options.config] if options.config in PRESETS else GDN2Config.load(options.config)
-    if options.output_gate is not None:
-        config = replace(config, output_gate=options.output_gate)
-    load_published(options.checkpoint, config).save_pretrained(options.output)
-    print(f"wrote {options.output}")
-    return 0
-
-
-def _export_repository(options: argparse.Namespace) -> int:
-    from gdn2_ops.export.model_repository import Serving, server_flags, write_repository
-    from gdn2_ops.model import GDN2LM
-
-    given = {"slots": options.slots, "threads": options.threads, "library": options.server_library}
-    serving = Serving(**{name: value for name, value in given.items() if value is not None})
-    backend = options.backend or "python"
-    folder = write_repository(
-        GDN2LM.from_pretrained(options.model), options.output, backend, serving, body=options.body
-    )
-    print(f"wrote {folder}; serve it with\n{server_flags(folder, backend)}")
-    return 0
-
-
-def _build_kernels(options: argparse.Namespace) -> int:
-    from gdn2_ops.export import kernels
-
-    builds = kernels.plan(**_selection(options), **({"kernels": options.kernel} if options.kernel else {}))
-    print(f"wrote {kernels.build_kernels(options.output, builds, jobs=options.jobs, report=_report_cubins)}")
-    return 0
-
-
-def _build_plugin(options: argparse.Namespace) -> int:
-    from gdn2_ops.compiled import library_folder
-    from gdn2_ops.export import cubins, plugin
-
-    builds = cubins.embedded(**_selection(options))
-    build = partial(plugin.build, builds=builds, target=options.target, jobs=options.jobs, report=_report_cubins)
-    if options.output is not None:
-        file = build(options.output)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            built = build(folder)
-            file = Path(shutil.copy(built, library_folder()))
-    print(f"wrote {file} ({file.stat().st_size:,} bytes)")
-    return 0
-
-
-def _selection(options: argparse.Namespace) -> dict:
-    selection = {"archs": options.arch, "dtypes": options.dtype}
-    if options.head_size is not None:
-        selection["head_sizes"] = [_head_size(text) for text in options.head_size]
-    return {name: value for name, value in selection.items() if value is not None}
-
-
-def _report_cubins(done: int, of: int) -> None:
-    if done % 50 == 0 or done == of:
-        print(f"{done} of {of} cubins", flush=True)
-
-
-def _head_size(text: str) -> tuple[int, int]:
-    K, _, V = text.partition("x")
-    if not K.isdecimal() or not (V or K).isdecimal():
-        raise ValueError(f"expected --head-size like 128 or 128x256, got {text!r}")
-    return int(K), int(V or K)
-
-
-def _check(options: argparse.Namespace) -> int:
-    if options.file.is_dir():
-        from gdn2_ops.export.repository_check import problems
-
-        found = problems(options.file)
-        print("\n".join(found) if found else f"{options.file}: no problems")
-        return 1 if found else 0
-    if options.file.suffix == ".plan":
-        return _check_plan(options)
-    if options.plugin is not None or options.in_place:
-        raise ValueError(f"expected a plan with --plugin and --in-place, got {str(options.file)!r}")
-    import gdn2_ops.export.onnx  # noqa: F401  its error names the pip command
-    from gdn2_ops import check
-
-    return check.run(options.file, model_folder=options.model, bodies=options.body)
-
-
-def _check_plan(options: argparse.Namespace) -> int:
-    if options.model is None:
-        raise ValueError("expected --model with a plan, the folder it was exported from, got none")
-    try:
-        from gdn2_ops import check_plan
-
-        return check_plan.run(options.file, options.model, plugin=options.plugin, in_place=options.in_place)
-    except RuntimeError as error:  # there is no GPU, or TensorRT refuses
-        print(f"gdn2: error: {error}", file=sys.stderr)
-        return 1
-
-
-def _generate(options: argparse.Namespace) -> int:
-    from gdn2_ops.runtime.generate import generate
-
-    try:
-        backend = _backend(options.model, options.library, options.cuda)
-    except RuntimeError as error:  # there is no GPU, or TensorRT refuses
-        if options.model.suffix != ".plan" and not options.cuda:
-            raise
-        print(f"gdn2: error: {error}", file=sys.stderr)
-        return 1
-    prompt = sys.stdin.buffer.read() if options.prompt is None else options.prompt.encode()
-    for byte in generate(backend, prompt, options.count):
-        sys.stdout.buffer.write(byte)
-        sys.stdout.buffer.flush()
-    print()
-    return 0
-
-
-def _serve(options: argparse.Namespace) -> int:
-    from gdn2_ops.runtime.server import Server
-
-    ports = [int(port) for port in options.ports.split(",")]
-    if len(ports) != 3:
-        raise ValueError(f"expected three --ports like 8000,8001,8002, got {options.ports!r}")
-    try:
-        server = Server(options.repository, options.env, ports=ports, log=options.log)
-        print(
-            f"ready after {server.ready_seconds:.1f} s: HTTP {server.http}, gRPC {server.grpc}, "
-            f"metrics http://{server.metrics}/metrics, log {server.log}",
-            flush=True,
-        )
-        with server:
-            status = server.watch(options.canary_seconds)
-    except RuntimeError as error:
-        print(f"gdn2: error: {error}", file=sys.stderr)
-        return 1
-    print("drained" if status == 0 else f"the server ended with status {status}; see {server.log}", flush=True)
-    return int(status != 0)
-
-
-def _client(options: argparse.Namespace) -> int:
-    from gdn2_ops.runtime.client import Client, ServerError, generate_by_grpc
-
-    try:
-        client = Client(options.http, name=options.name)
-        if options.canary:
-            print(f"answered: {', '.join(client.canary())}")
-            return 0
-        prompt = sys.stdin.buffer.read() if options.prompt is None else options.prompt.encode()
-        limit = {} if options.seconds is None else {"seconds": options.seconds}
-        if options.grpc is not None:
-            parts = generate_by_grpc(options.grpc, prompt, options.count, name=options.name, **limit)
-        else:
-            parts = client.generate(prompt, options.count, **limit)
-        for part in parts:
-            sys.stdout.buffer.write(part)
-            sys.stdout.buffer.flush()
-        print()
-    except (ServerError, OSError) as error:
-        print(f"gdn2: error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _backend(model: Path, library: bool, cuda: bool):
-    if model.suffix == ".onnx":
-        from gdn2_ops.runtime.session import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend(model, library=library, cuda=cuda)
-    if library or cuda:
-        raise ValueError(f"expected an .onnx file with --library or --cuda, got {str(model)!r}; gdn2 export writes one")
-    if model.suffix == ".plan":
-        from gdn2_ops.runtime.tensorrt_session import TensorRTBackend
-
-        return TensorRTBackend(model)
-    from gdn2_ops.backends import PackageBackend, TorchBackend
-    from gdn2_ops.model import GDN2LM
-
-    if model.suffix == ".pt2":
-        return PackageBackend(model)
-    return TorchBackend(GDN2LM.from_pretrained(model))
 
 
 if __name__ == "__main__":
