@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from schedule import warm_cosine
 from token_shards import TokenShards
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -209,13 +210,6 @@ def parameter_groups(model: GDN2LM) -> list[dict]:
     for name, p in model.named_parameters():
         (rest if p.dim() < 2 or name.endswith(UNDECAYED) else decayed).append(p)
     return [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-
-
-def warm_cosine(step: int, steps: int, warmup: float) -> float:
-    warm = max(1, round(steps * warmup))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -70,8 +70,8 @@ def measure(name: str, backend: Backend, task: Task, truth: NDArray[np.float32] 
         generated,
         bits_per_byte(backend, task.text, window=task.window, batch=1),
         difference,
-        task.window / _seconds(lambda: backend(first, None), 1 + task.repeats // 20),
-        1 / _seconds(lambda: backend(token, state), task.repeats),
+        task.window / seconds(lambda: backend(first, None), 1 + task.repeats // 20),
+        1 / seconds(lambda: backend(token, state), task.repeats),
     )
 
 
@@ -123,7 +123,7 @@ def _written(backend: Backend, task: Task) -> bytes:
     return b"".join(written)
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
+def seconds(call: Callable[[], object], repeats: int) -> float:
     """The median of so many calls, and of as many as fill a while: the first ones of a session are slower."""
     times: list[float] = []
     end = time.perf_counter() + LONG_ENOUGH * (repeats > 1)

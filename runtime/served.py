@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gdn2_ops.runtime.client import Client
-from gdn2_ops.runtime.compare import LOGITS_AFTER, Measurement, Task
+from gdn2_ops.runtime.compare import LOGITS_AFTER, Measurement, Task, seconds
 from gdn2_ops.runtime.generate import windows_of
 
 SEQUENCE = 1
-PROMPTS = 7  # read for the clock
+PROMPTS = 7  # read for the clock, at least
 
 
 def measure_served(
@@ -42,17 +41,13 @@ def measure_served(
     windows = windows_of(task.text, task.window).tolist()
     scores = [client.infer(f"{prefix}_score", {"tokens": ("INT32", [1, task.window], x)})["log_p"][1:] for x in windows]
 
-    prefill = []
-    for _ in range(PROMPTS):
-        began = time.perf_counter()
-        _logits(client, prefix, windows[0], start=True, end=True)
-        prefill.append(time.perf_counter() - began)
+    prefill = seconds(lambda: _logits(client, prefix, windows[0], start=True, end=True), PROMPTS)
     return Measurement(
         name,
         b"".join(written),
         float(-np.mean(scores) / np.log(2)),
         float(difference),
-        task.window / median(prefill),
+        task.window / prefill,
         streamed,
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import random
 import time
@@ -23,8 +22,10 @@ import torch.nn.functional as F
 
 from examples.recall.model import Model
 from examples.recall.variants import VARIANTS
+from examples.schedule import warm_cosine
 from gdn2_ops import corpus, tasks
 
+WARMUP = 0.05  # share of the steps
 SELECTION_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 RATES = (3e-3, 8e-3)
 SIZES = {"size": 64, "layers": 1, "heads": 2}
@@ -132,7 +133,7 @@ def train(run: Run) -> Record:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=run.rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, task.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, task.steps, WARMUP))
     losses = []
     for step in range(task.steps):
         batch = on_device(task.learn(run.seed * 10**6 + step))
@@ -167,14 +168,6 @@ def score(model: Model, batch: tasks.Batch) -> float:
     predicted = batch.targets.clone()
     predicted[asked] = model(batch.tokens, asked).argmax(-1)
     return tasks.exact_match(predicted, batch.targets)
-
-
-def warm_cosine(step: int, steps: int) -> float:
-    """The share of the learning rate at a step."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def selection_runs(task: str, variants: Iterable[str] = VARIANTS) -> list[Run]:

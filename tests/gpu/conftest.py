@@ -1,11 +1,10 @@
 """Tests on a GPU: `make gpu-check`. Elsewhere they are skipped."""
 
 import pytest
-import torch
+from gpu_building import skip_without_gpu
 
 
 @pytest.fixture(autouse=True)
 def device() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU in this machine; make gpu-check runs this on one")
+    skip_without_gpu()
     return "cuda"

@@ -3,43 +3,30 @@
 The files have a body that is wrong on purpose, and no node may run on the CPU: right numbers are our kernels'.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from cases import CASES, DTYPES, FORMS, OUTPUTS, Case, Inputs, assert_as_good_as, exact, inputs
+from gpu_building import HEADS, build, skip_without_gpu
 
 import gdn2_ops
-from gdn2_ops.kernels import tiles
 from gdn2_ops.runtime import onnxruntime_library
 
 pytest.importorskip("onnx", reason="the wheel onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the wheel onnxruntime-gpu is not installed")
-HEADS = (32, 64, 128)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """Our library with cubins for this GPU beside it."""
-    if not torch.cuda.is_available():  # before the fixture of every test, which asks the same
-        pytest.skip("no NVIDIA GPU in this machine; make gpu-check runs this on one")
+    skip_without_gpu()
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("the wheel onnxruntime-gpu is not installed, but onnxruntime")
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler in this machine")
     folder = tmp_path_factory.mktemp("library")
-    arch = tiles.table_arch(*torch.cuda.get_device_capability())
-    selection = ["--arch", str(arch), *(word for K in HEADS for word in ("--head-size", str(K)))]
-    command = [sys.executable, "-m", "gdn2_ops.cli", "build-plugin", "--for", "onnxruntime", "-o", folder, *selection]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
-    if "needs cmake" in done.stderr:
-        pytest.skip("cmake is not installed")
-    assert done.returncode == 0, done.stderr
+    build(folder, "onnxruntime")
     return shutil.copy(onnxruntime_library.path(), folder)
 
 

@@ -1,20 +1,15 @@
 """The TensorRT plugin's kernels on a GPU, driven as TensorRT drives it: numbers, one buffer, streams, graphs."""
 
-import os
-import shutil
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 from cases import CASES, DTYPES, FORMS, OUTPUTS, Case, Inputs, assert_as_good_as, exact, inputs
+from gpu_building import HEADS, build, skip_without_gpu
 from plugin_host import Plugin
 
 import gdn2_ops
-from gdn2_ops.kernels import tiles
 
-HEADS = (32, 64, 128)
 SCALE = 0.5
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
@@ -22,18 +17,9 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory) -> Plugin:
     """With cubins for this GPU."""
-    if not torch.cuda.is_available():  # before the fixture of every test, which asks the same
-        pytest.skip("no NVIDIA GPU in this machine; make gpu-check runs this on one")
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler in this machine")
+    skip_without_gpu()
     folder = tmp_path_factory.mktemp("plugin")
-    arch = tiles.table_arch(*torch.cuda.get_device_capability())
-    selection = ["--arch", str(arch), *(word for K in HEADS for word in ("--head-size", str(K)))]
-    command = [sys.executable, "-m", "gdn2_ops.cli", "build-plugin", "-o", folder, *selection]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
-    if "needs cmake" in done.stderr:
-        pytest.skip("cmake is not installed")
-    assert done.returncode == 0, done.stderr
+    build(folder, "tensorrt")
     from gdn2_ops.export.plugin import TARGETS
 
     library, sources = TARGETS["tensorrt"]
