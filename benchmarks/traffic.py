@@ -1,8 +1,9 @@
 """Bytes that kernels load and store, counted in Triton's interpreter: `python -m benchmarks.traffic` prints JSON.
 
 Run with TRITON_INTERPRET=1, in a process of its own. Heads of 128, inputs in float16 (bfloat16 has the same bytes),
-decay and state in float32. The bytes for a token and head are the difference between four chunks of 64 tokens and two,
-so that what is read once for a sequence is not in them; those of a step are for one row and head, its state included.
+decay and state in float32. The bytes for a token and head are the difference between six chunks of 64 tokens and three,
+whole groups that share a kept state in our backward pass, so that what is read once for a sequence is not in them;
+those of a step are for one row and head, its state included.
 
 issued: every load and store of every program: what passes through the second level cache.
 memory: every address once for each kernel and direction: what has to come from memory and go there.
@@ -92,7 +93,7 @@ def problem(T: int) -> tuple[list[torch.Tensor], torch.Tensor]:
 def for_a_token(call: Callable) -> dict[str, dict[str, float]]:
     """kernel -> issued and memory, for a token and head. call: of the six tensors and the state."""
     counts = []
-    for chunks in (2, 4):
+    for chunks in (3, 6):
         six, state = problem(chunks * CHUNK)
         with counted() as found:
             call(*six, state)
@@ -100,7 +101,7 @@ def for_a_token(call: Callable) -> dict[str, dict[str, float]]:
     fewer, more = counts
     return {
         name: {
-            way: (getattr(more[name], way) - getattr(fewer[name], way)) / (2 * CHUNK) for way in ("issued", "memory")
+            way: (getattr(more[name], way) - getattr(fewer[name], way)) / (3 * CHUNK) for way in ("issued", "memory")
         }
         for name in more
     }

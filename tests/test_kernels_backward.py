@@ -27,6 +27,15 @@ def test_every_gradient_is_the_specification_s(case, dtype):
     assert_gradients(backward(x, do, dstate, bounds(case)), case, x, do, dstate)
 
 
+@every_dtype
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 5, 200, 200, 260)])
+def test_more_chunks_than_share_a_state(cu_seqlens, dtype):
+    """Groups of one, two and three chunks, the last one of which is short."""
+    case = Case("groups", 260, cu_seqlens=cu_seqlens, H=1, HV=2)
+    x, (do, dstate) = inputs(case, dtype), cotangents(case, dtype)
+    assert_gradients(backward(x, do, dstate, bounds(case)), case, x, do, dstate)
+
+
 @pytest.mark.parametrize("K, V", [(1, 1), (31, 33), (64, 32), (100, 130)])
 def test_every_head_size(K, V):
     """Without a gradient of the final state."""
@@ -97,18 +106,18 @@ def test_nothing_is_left_uninitialised(cu_seqlens, dtype, poisoned_empty):  # no
 
 
 def test_bytes_of_a_token_and_head():
-    """Everything a kernel reads or writes, once; a state for two chunks."""
+    """Everything a kernel reads or writes, once; a state for three chunks."""
     moved = traffic.for_a_token(lambda *x: backward(Inputs(*x), torch.ones_like(x[2]), torch.ones_like(x[6])))
-    state, squares = 2 * traffic.K * traffic.V / 128, (4 + 2) * 64 * 10 / 16
+    state, square = 2 * traffic.K * traffic.V / 192, 64 * 10 / 16  # blocks of 16 up to the diagonal
     keys, values, decays, chunk = 2 * traffic.K, 2 * traffic.V, 4 * traffic.K, 4 * traffic.K / 64
     want = {
-        "prepare_kernel": 6 * keys + decays + squares + chunk,
-        "recur_kernel": 2 * keys + squares * 4 / 6 + chunk + 3 * values + state,
-        "recur_back_kernel": 3 * keys + squares + chunk + 6 * values + state,
+        "prepare_kernel": 6 * keys + decays + (2 + 4) * square + chunk,
+        "recur_kernel": 2 * keys + 4 * square + chunk + 3 * values + state,
+        "recur_back_kernel": 3 * keys + 2 * square + chunk + 6 * values + state,
         "gradients_kernel": 6 * keys + 2 * decays + 3 * values + 2 * state,
     }
     assert {name: kernel["memory"] for name, kernel in moved.items()} == pytest.approx(want, abs=1)
-    assert sum(want.values()) < 10700
+    assert sum(want.values()) < 10 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -134,5 +143,5 @@ def test_no_kernel_spills(rows):
     for row in rows:
         # heads between the compiled sizes have addresses and predicates of their own: 10 numbers of a chunk
         masked = row["kernel"] == "gradients" and row["dtype"] == "fp16" and row["options"]["MASKED"]
-        assert row["stack"] <= (40 if masked else 0), row
+        assert row["stack"] <= (48 if masked else 0), row
         assert (row["HGMMA"] > 0) == (row["dtype"] != "fp32"), row

@@ -1,22 +1,23 @@
 """The gradients of whole sequences: four kernels, nothing kept from the forward pass but its inputs.
 
-`prepare`, `recur` (chunk_forward.py) again, with BACKWARD: the operands of every chunk, S before every second one,
-and R. Then with dS the gradient of the state after the chunk, equations (9) and (10) of docs/derivation.md in those
-operands:
+`prepare`, `recur` (chunk_forward.py) again, with BACKWARD: the operands of every chunk, S before every third one,
+and R = A X. Then with dS the gradient of the state after the chunk, equations (9) and (10) of docs/derivation.md in
+those operands:
 
-    dR = Aqk^T dO + Kt dS        dX = A^T dR        dv = w*dX        dw = v*dX
-    dS before the chunk = Diag(decay) dS + Qd^T dO - Y^T dR                      (E^T dX = E^T A^T dR = Y^T dR)
+    dX = Ax^T dO + Kx dS        dv = w*dX        dw = v*dX
+    dS before the chunk = Diag(decay) dS + Qd^T dO - E^T dX
 
 `recur_back`: one program per (sequence, value head, BV value channels), from the last chunk to the first, dS in
-              registers. Writes dS after each pair of chunks, dX, dv, dw and the gradient of the initial state.
+              registers. Writes dS after each group of chunks, dX, dv, dw and the gradient of the initial state.
 `gradients` (gradients.py): one program per (chunk, key head), in parallel over all chunks: the rest of (9) and (10),
               and (11)-(13). It adds over the value heads of the group itself: no atomics, the same bits every time.
 
-Letters, slots and pairs as in chunk_forward.py. Between the two: dstates like states [pairs, HV, key_size, value_size]
-and dx like r [B, T, HV, V], in q's dtype, rounded as operands of a tensor core are: float16 overflows where dS does.
+Letters, slots and groups as in chunk_forward.py. Between the two: dstates like states [groups, HV, key_size,
+value_size] and dx like r [B, T, HV, V], in q's dtype, rounded as operands of a tensor core are: float16 overflows where
+dS does.
 
-Memory. At most, over inputs and gradients: two states of a pair, R and dX, that is e V (K / C + 2) bytes for a token
-and value head, e bytes a number: 1,024 for bfloat16 and heads of 128, whose gradients are 1,792 and one state of a
+Memory. At most, over inputs and gradients: two states of a group, R and dX, that is e V (2 K / (3 C) + 2) bytes for a
+token and value head, e bytes a number: 853 for bfloat16 and heads of 128, whose gradients are 1,792 and one state of a
 chunk 512. The workspace of `prepare` is freed before dq, dk, dg and db are made, which are larger.
 """
 
@@ -27,21 +28,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2_ops.kernels.chunk_forward import bounds, recur_for_backward
+from gdn2_ops.kernels.chunk_forward import GROUP, bounds, recur_for_backward
 from gdn2_ops.kernels.gradients import GRADIENTS
 from gdn2_ops.kernels.kernel import Kernel, is_masked
 from gdn2_ops.kernels.prepare import prepare
-from gdn2_ops.kernels.products import applied, loaded_product
+from gdn2_ops.kernels.products import loaded_product
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "key_size", "value_size"])
 def recur_back_kernel(
     # inputs
-    y_ptr,
+    e_ptr,
     qd_ptr,
-    kt_ptr,
-    a_ptr,
-    aqk_ptr,
+    kx_ptr,
+    ax_ptr,
     decay_ptr,
     v_ptr,
     w_ptr,
@@ -69,12 +69,12 @@ def recur_back_kernel(
     C: tl.constexpr,
     BV: tl.constexpr,
 ):
-    operand: tl.constexpr = y_ptr.dtype.element_ty
+    operand: tl.constexpr = e_ptr.dtype.element_ty
     i_v = tl.program_id(0) % (V // BV)
     i_hv = tl.program_id(0) // (V // BV) % HV
     i_n = tl.program_id(0) // (V // BV * HV)
     first, tokens, first_slot = bounds(cu_seqlens_ptr, i_n, T, C, PACKED)
-    _, _, first_pair = bounds(cu_seqlens_ptr, i_n, T, 2 * C, PACKED)
+    _, _, first_group = bounds(cu_seqlens_ptr, i_n, T, GROUP.value * C, PACKED)
     chunks = tl.cdiv(tokens, C)
     keys, values = key_size if MASKED else K, value_size if MASKED else V
 
@@ -96,13 +96,12 @@ def recur_back_kernel(
         at_CV = i_C[:, None] * (HV * values) + i_V[None, :]
         live_CV = (row + i_C < tokens)[:, None] & (i_V < values)[None, :]
         operand_KV = dstate_KV.to(operand)
-        if (i_c % 2 == 1) | (done == 0):
-            at_dstates = ((first_pair + i_c // 2).to(tl.int64) * HV + i_hv) * keys * values
+        if (i_c % GROUP.value == GROUP.value - 1) | (done == 0):
+            at_dstates = ((first_group + i_c // GROUP.value).to(tl.int64) * HV + i_hv) * keys * values
             tl.store(dstates_ptr + at_dstates + at_KV, operand_KV, mask=live_KV)
         do_CV = tl.load(do_ptr + at_token + at_CV, mask=live_CV, other=0.0)
-        dr_CV = loaded_product(aqk_ptr + at_slot * C * C, 1, C, do_CV, tl.zeros([C, BV], tl.float32), -1)
-        dr_CV = loaded_product(kt_ptr + at_slot * C * K, K, 1, operand_KV, dr_CV)
-        dx_CV = applied(a_ptr + at_slot * C * C, C, dr_CV, operand, True)
+        dx_CV = loaded_product(ax_ptr + at_slot * C * C, 1, C, do_CV, tl.zeros([C, BV], tl.float32), -1)
+        dx_CV = loaded_product(kx_ptr + at_slot * C * K, K, 1, operand_KV, dx_CV)
         tl.store(dx_ptr + at_token + at_CV, dx_CV.to(operand), mask=live_CV)
         w_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         tl.store(dv_ptr + at_token + at_CV, (dx_CV * w_CV).to(operand), mask=live_CV)
@@ -111,12 +110,12 @@ def recur_back_kernel(
 
         dstate_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
         dstate_KV = loaded_product(qd_ptr + at_slot * C * K, 1, K, do_CV, dstate_KV)
-        dstate_KV = loaded_product(y_ptr + at_slot * C * K, 1, K, -dr_CV.to(operand), dstate_KV)
+        dstate_KV = loaded_product(e_ptr + at_slot * C * K, 1, K, -dx_CV.to(operand), dstate_KV)
     tl.store(dstate_ptr + at_state + at_KV, dstate_KV, mask=live_KV)
 
 
 def _described(name: str, masked: int) -> Kernel:
-    types = dict.fromkeys(("y", "qd", "kt"), "*q") | {"a": "*fp32", "aqk": "*q", "decay": "*fp32"}
+    types = dict.fromkeys(("e", "qd", "kx", "ax"), "*q") | {"decay": "*fp32"}
     types |= dict.fromkeys(("v", "w", "do"), "*q") | {"dfinal_state": "*fp32", "cu_seqlens": "*i64"}
     types |= dict.fromkeys(("T", "H", "HV", "key_size", "value_size"), "i32")
     return Kernel(
@@ -150,7 +149,7 @@ def chunk_backward(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     do, q, k, v, g, b, w = (x.contiguous() for x in (do, q, k, v, g, b, w))
     dfinal_state, cu_seqlens = (None if x is None else x.contiguous() for x in (dfinal_state, cu_seqlens))
-    prepared = prepare(q, k, g, b, cu_seqlens, scale)
+    prepared = prepare(q, k, g, b, cu_seqlens, scale, keep_a=True)
     states, r = recur_for_backward(prepared, v, w, state, cu_seqlens, key_size)
     dx, dv, dw, dstates = (torch.empty_like(x) for x in (v, v, w, states))
     dstate = g.new_empty(N, HV, key_size, value_size)
@@ -161,7 +160,23 @@ def chunk_backward(
         v.dtype,
         key_size,
         value_size,
-        *(*prepared, v, w, do, dfinal_state, cu_seqlens, T, H, HV, key_size, value_size),
+        *(
+            prepared.e,
+            prepared.qd,
+            prepared.kx,
+            prepared.ax,
+            prepared.decay,
+            v,
+            w,
+            do,
+            dfinal_state,
+            cu_seqlens,
+            T,
+            H,
+            HV,
+            key_size,
+            value_size,
+        ),
         *(dx, dv, dw, dstates, dstate),
         STATE=int(dfinal_state is not None),
         PACKED=packed,
@@ -170,7 +185,7 @@ def chunk_backward(
     del prepared
     dq, dk, dg, db = (torch.empty_like(x) for x in (q, k, g, b))
     GRADIENTS.launch(
-        (states.shape[0] * 2 * H,),
+        (states.shape[0] * GROUP.value * H,),
         q.device,
         q.dtype,
         key_size,

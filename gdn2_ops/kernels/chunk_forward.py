@@ -2,12 +2,13 @@
 
 With E = gamma*b*k, Z = w*v, T, Aqk and A = (I + T)^-1 of docs/derivation.md (3)-(8), a chunk takes the state S to
 
-    R = A Z - Y S        O = Qd S + Aqk R        S' = Diag(decay) S + Kt^T R
-    Y = A E              Qd = scale gamma*q      Kt = tail*k          decay = gamma of the last token
+    X = Z - E S          O = Qd S + Ax X         S' = Diag(decay) S + Kx^T X                                     (8a)
+    Qd = scale gamma*q   Ax = Aqk A              Kx = A^T (tail*k)             decay = gamma of the last token
 
-`prepare`: one program per (slot, key head), in parallel over all chunks. q, k, g, b -> Y, Qd, Kt, A, Aqk, decay.
+`prepare`: one program per (slot, key head), in parallel over all chunks. q, k, g, b -> E, Qd, Kx, Ax, decay, and A.
 `recur`:   one program per (sequence, segment, value head, BV value channels), serial over chunks, S in registers.
-           With BACKWARD it writes what the backward pass needs, S before each pair of chunks and R, instead of o.
+           With BACKWARD it writes what the backward pass needs, S before each GROUP of chunks and R = A X, instead
+           of o.
 
 Letters: C = 64 tokens of a chunk, P = 4 blocks of R = 16 tokens in it; K V the compiled head sizes (tiles.py) and
 key_size, value_size those of the call, smaller where MASKED; BK, BV channels of a slice of keys, of a tile of values.
@@ -15,15 +16,15 @@ N sequences; HV value heads in groups of HV / H that share a key head.
 
 The workspace, written by `prepare`. Chunk c of sequence n has slot n ceil(T / C) + c; packed sequences start at slot
 begin_n // C + n instead, which needs no table: there are T // C + N slots and those left over are never touched.
-Pairs of chunks have places of their own, by the same rule with 2 C. Tokens past the end of a sequence are rows of
-zeros, of A the identity's; blocks of 16 above the diagonals of A and Aqk are not touched. q's dtype, but a and decay
-are float32:
+Groups of GROUP chunks have places of their own, by the same rule with GROUP C. Tokens past the end of a sequence are
+rows of zeros, of A the identity's; blocks of 16 above the diagonals of Ax and A are not touched. A is for the backward
+pass, and for `prepare` itself in float32. q's dtype, but a and decay are float32:
 
-    y, qd, kt [slots, H, C, K]      a, aqk [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
-    BACKWARD:  states [pairs, HV, key_size, value_size], q's dtype      r [B, T, HV, V] like v
+    e, qd, kx [slots, H, C, K]      ax, a [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
+    BACKWARD:  states [groups, HV, key_size, value_size], q's dtype      r [B, T, HV, V] like v
 
-A token sees the ones before it only, bit for bit, as long as all of its chunk is finite: zeros of A and Aqk times an
-infinity are NaN. E is not kept: the one place that wants it, E^T dX in the gradient of S (10), is Y^T dR.
+A token sees the ones before it only, bit for bit, as long as all of its chunk is finite: zeros of Ax times an infinity
+are NaN.
 """
 
 from __future__ import annotations
@@ -35,19 +36,21 @@ from torch import Tensor
 
 from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, bounds, carried, prepare, slots, writes
-from gdn2_ops.kernels.products import loaded_product
+from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, bounds, carried, minus_taken, prepare, slots
+from gdn2_ops.kernels.products import applied, loaded_product
 from gdn2_ops.kernels.segments import CHAIN, SUMMARISE, starts
+
+GROUP = tl.constexpr(3)  # chunks that share a kept state in the backward pass: docs/decisions/0008
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "segments", "length", "key_size", "value_size"])
 def recur_kernel(
     # inputs
-    y_ptr,
+    e_ptr,
     qd_ptr,
-    kt_ptr,
+    kx_ptr,
+    ax_ptr,
     a_ptr,
-    aqk_ptr,
     decay_ptr,
     v_ptr,
     w_ptr,
@@ -76,13 +79,13 @@ def recur_kernel(
     C: tl.constexpr,
     BV: tl.constexpr,
 ):
-    operand: tl.constexpr = y_ptr.dtype.element_ty
+    operand: tl.constexpr = e_ptr.dtype.element_ty
     i_v = tl.program_id(0) % (V // BV)
     i_hv = tl.program_id(0) // (V // BV) % HV
     i_run = tl.program_id(0) // (V // BV * HV)  # of N * segments
     i_n = i_run // segments
     first, tokens, first_slot = bounds(cu_seqlens_ptr, i_n, T, C, PACKED)
-    _, _, first_pair = bounds(cu_seqlens_ptr, i_n, T, 2 * C, PACKED)
+    _, _, first_group = bounds(cu_seqlens_ptr, i_n, T, GROUP.value * C, PACKED)
     chunks = tl.cdiv(tokens, C)
     begin = i_run % segments * length
     end = tl.minimum(begin + length, chunks)
@@ -107,17 +110,18 @@ def recur_kernel(
         z_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         z_CV *= tl.load(v_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         operand_KV = state_KV.to(operand)
-        r_CV = writes(a_ptr, y_ptr, at_slot, z_CV, operand_KV, C, K)
+        x_CV = minus_taken(e_ptr, at_slot, z_CV, operand_KV, C, K)
         if BACKWARD:
-            if i_c % 2 == 0:
-                at_states = ((first_pair + i_c // 2).to(tl.int64) * HV + i_hv) * keys * values
+            if i_c % GROUP.value == 0:
+                at_states = ((first_group + i_c // GROUP.value).to(tl.int64) * HV + i_hv) * keys * values
                 tl.store(states_ptr + at_states + at_KV, operand_KV, mask=live_KV)
-            tl.store(r_ptr + at_token + at_CV, r_CV, mask=live_CV)
+            r_CV = applied(a_ptr + at_slot * C * C, C, x_CV, operand)
+            tl.store(r_ptr + at_token + at_CV, r_CV.to(operand), mask=live_CV)
         else:
             o_CV = loaded_product(qd_ptr + at_slot * C * K, K, 1, operand_KV, tl.zeros([C, BV], tl.float32))
-            o_CV = loaded_product(aqk_ptr + at_slot * C * C, C, 1, r_CV, o_CV, 1)
+            o_CV = loaded_product(ax_ptr + at_slot * C * C, C, 1, x_CV, o_CV, 1)
             tl.store(o_ptr + at_token + at_CV, o_CV.to(operand), mask=live_CV)
-        state_KV = carried(decay_ptr, kt_ptr, at_slot, r_CV, state_KV, C, K)
+        state_KV = carried(decay_ptr, kx_ptr, at_slot, x_CV, state_KV, C, K)
 
     if not BACKWARD:  # noqa: SIM102, one is a constexpr
         if (end == chunks) & ((begin < chunks) | (begin == 0)):  # the last segment that has chunks
@@ -126,7 +130,7 @@ def recur_kernel(
 
 
 def _described(name: str, masked: int) -> Kernel:
-    types = dict.fromkeys(("y", "qd", "kt"), "*q") | {"a": "*fp32", "aqk": "*q", "decay": "*fp32"}
+    types = dict.fromkeys(("e", "qd", "kx", "ax"), "*q") | {"a": "*fp32", "decay": "*fp32"}
     types |= {"v": "*q", "w": "*q", "state": "*fp32", "cu_seqlens": "*i64"}
     types |= dict.fromkeys(("T", "H", "HV", "segments", "length", "key_size", "value_size"), "i32")
     return Kernel(
@@ -172,10 +176,10 @@ def recur(
 def recur_for_backward(
     prepared: Workspace, v: Tensor, w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, key_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Launches `recur` for the states before each pair of chunks [pairs, HV, K, V] and r [B, T, HV, V]."""
+    """Launches `recur` for the states before each group of chunks [groups, HV, K, V] and r [B, T, HV, V]."""
     r = torch.empty_like(v, memory_format=torch.contiguous_format)
-    pairs = slots(v.shape[0], v.shape[1], cu_seqlens, 2 * C)
-    states = v.new_empty(pairs, v.shape[2], key_size, v.shape[3])
+    groups = slots(v.shape[0], v.shape[1], cu_seqlens, GROUP.value * C)
+    states = v.new_empty(groups, v.shape[2], key_size, v.shape[3])
     _launch_recur(prepared, v, w, state, cu_seqlens, (None, None, states, r), key_size)
     return states, r
 
@@ -189,7 +193,7 @@ def _launch_recur(
     outputs: tuple,
     key_size: int,
 ) -> None:
-    (B, T, HV, V), H = v.shape, prepared.y.shape[1]
+    (B, T, HV, V), H = v.shape, prepared.e.shape[1]
     N, chunks = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, triton.cdiv(T, C)
     v, w, state = v.contiguous(), w.contiguous(), None if state is None else state.contiguous()
     segments = tiles.segments(N * HV * triton.cdiv(V, 64), chunks)

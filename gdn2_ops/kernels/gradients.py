@@ -1,9 +1,13 @@
-"""`gradients`: dq, dk, dg, db of a chunk, once a state of its pair, R and dX are known. Letters: chunk_backward.py.
+"""`gradients`: dq, dk, dg, db of a chunk, once a state of its group, R and dX are known. Letters: chunk_backward.py.
 
-The mathematics on tiles is in pulls.py; here is what is read and what is written. Of a pair of chunks S before the
-first and dS after the second are in memory: each chunk carries what it lacks over the other one. Tokens of a block
-whose decays are too steep for one anchor owe each other what the pairwise form says: it adds to the stored gradients,
-block by block, so that the registers it needs are not live beside the rest.
+The mathematics on tiles is in pulls.py; here is what is read and what is written. Of a group of three chunks S before
+the first and dS after the last are in memory: each chunk carries what it lacks over the other two, S over those before
+it, dS over those after it. Tokens of a block whose decays are too steep for one anchor owe each other what the pairwise
+form says: it adds to the stored gradients, block by block, so that the registers it needs are not live beside the rest.
+
+Registers. What does not change from slice to slice the compiler makes once, and keeps: masks of a chunk by a chunk, and
+what is left of dP and dT behind them, three times over. `unknown` is a zero that it cannot see through; what is made of
+it is made anew in every slice. Without it the kernel spills.
 """
 
 from __future__ import annotations
@@ -11,9 +15,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gdn2_ops.kernels.chunk_forward import GROUP
 from gdn2_ops.kernels.kernel import Kernel
 from gdn2_ops.kernels.prepare import locate
 from gdn2_ops.kernels.pulls import add_pairwise, carriers, pull_chunk, pull_scores, pull_states, spans
+
+
+@triton.jit
+def others(i_c, group_tokens, C: tl.constexpr):
+    """The other two chunks of a group of three, in the order in which states are carried over them: each one's distance
+    in tokens, and the tokens that it has, none or fewer where none is there."""
+    far, near = tl.where(i_c == 0, 2, 0), tl.where(i_c == 1, 2, 1)
+    far_tokens, near_tokens = tl.minimum(group_tokens - far * C, C), tl.minimum(group_tokens - near * C, C)
+    return (far - i_c) * C, far_tokens, (near - i_c) * C, near_tokens
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "N", "key_size", "value_size"])
@@ -53,45 +67,55 @@ def gradients_kernel(
 ):
     operand: tl.constexpr = q_ptr.dtype.element_ty
     SPAN: tl.constexpr = 4.0 if operand == tl.float32 else 100.0  # octaves; float32: more would cost digits
-    i_pair, i_c, i_h = tl.program_id(0) // (2 * H), tl.program_id(0) // H % 2, tl.program_id(0) % H
-    first, pair_tokens = locate(cu_seqlens_ptr, i_pair, T, N, 2 * C, PACKED)
-    if pair_tokens <= i_c * C:
+    i_group, i_chunk, i_h = (
+        tl.program_id(0) // (GROUP.value * H),
+        tl.program_id(0) // H % GROUP.value,
+        tl.program_id(0) % H,
+    )
+    first, group_tokens = locate(cu_seqlens_ptr, i_group, T, N, GROUP.value * C, PACKED)
+    if group_tokens <= i_chunk * C:
         return
     keys, values = key_size if MASKED else K, value_size if MASKED else V
     group, stride, value_stride = HV // H, H * keys, HV * values
     parts = group * (V // BV)
-    at_states = (i_pair.to(tl.int64) * HV + i_h * group) * keys * values
-    i_C = tl.arange(0, C)
-    later = i_c == 1
-    tokens = tl.minimum(pair_tokens - i_c * C, C)
-    other_tokens = tl.minimum(pair_tokens - (1 - i_c) * C, C)  # none or fewer where the pair is one chunk
-    to_other = (1 - 2 * i_c) * C
-    at_keys = ((first + i_c * C) * H + i_h) * keys
-    at_other = at_keys + to_other * stride
-    at_values = ((first + i_c * C) * HV + i_h * group) * values
+    at_states = (i_group.to(tl.int64) * HV + i_h * group) * keys * values
+    at_keys = ((first + i_chunk * C) * H + i_h) * keys
+    at_values = ((first + i_chunk * C) * HV + i_h * group) * values
     do, dx, r = do_ptr + at_values, dx_ptr + at_values, r_ptr + at_values
-    dp_CC, dt_CC = pull_scores(do, dx, r, tokens, value_stride, values, parts, scale, C, V, BV)
+    dp_CC, dt_CC = pull_scores(
+        *(do, dx, r, tl.minimum(group_tokens - i_chunk * C, C), value_stride, values, parts, scale, C, V, BV)
+    )
     dp_CC, dt_CC = dp_CC.to(operand), dt_CC.to(operand)
     for i_slice in tl.range(0, K // BK, disable_licm=True):
-        i_K = i_slice * BK + tl.arange(0, BK)
-        carry_K, x_CK, y_CK = carriers(
-            *(q_ptr + at_other, k_ptr + at_other, g_ptr + at_other, b_ptr + at_other, i_K, keys),
-            *(other_tokens, stride, scale, later, C, operand),
+        unknown = tl.minimum(group_tokens, group_tokens + i_slice) - group_tokens
+        i_c, i_C, i_K = i_chunk + unknown, tl.arange(0, C) + unknown, i_slice * BK + tl.arange(0, BK)
+        tokens = tl.minimum(group_tokens - i_c * C, C)
+        to_far, far_tokens, to_near, near_tokens = others(i_c, group_tokens, C)
+        at_far, at_near = at_keys + to_far * stride, at_keys + to_near * stride
+        far_K, far_x_CK, far_y_CK = carriers(
+            *(q_ptr + at_far, k_ptr + at_far, g_ptr + at_far, b_ptr + at_far, i_C, i_K, keys),
+            *(far_tokens, stride, scale, i_c > 0, operand),
+        )
+        near_K, near_x_CK, near_y_CK = carriers(
+            *(q_ptr + at_near, k_ptr + at_near, g_ptr + at_near, b_ptr + at_near, i_C, i_K, keys),
+            *(near_tokens, stride, scale, i_c > 1, operand),
         )
         dq_CK, de_CK, dk_CK, ddecay_K = pull_states(
-            *(do, dx, r, states_ptr + at_states, dstates_ptr + at_states, carry_K, x_CK, y_CK, i_K, keys),
-            *(tokens, to_other * value_stride, other_tokens, value_stride, values, parts, later, V, BV),
+            *(do, dx, r, states_ptr + at_states, dstates_ptr + at_states, i_C, i_K, keys),
+            *(far_K, far_x_CK, far_y_CK, to_far * value_stride, far_tokens, i_c > 0),
+            *(near_K, near_x_CK, near_y_CK, to_near * value_stride, near_tokens, i_c > 1),
+            *(tokens, value_stride, values, parts, V, BV),
         )
         at_CK = i_C[:, None] * stride + i_K[None, :]
         live_CK = (i_C < tokens)[:, None] & (i_K < keys)[None, :]
         q_CK = tl.load(q_ptr + at_keys + at_CK, mask=live_CK, other=0.0).to(tl.float32)
         k_CK = tl.load(k_ptr + at_keys + at_CK, mask=live_CK, other=0.0).to(tl.float32)
         b_CK = tl.load(b_ptr + at_keys + at_CK, mask=live_CK, other=0.0).to(tl.float32)
-        head_CK, reach_CK, link_PK, first_K = spans(g_ptr + at_keys, i_K, keys, tokens, stride, C)
+        head_CK, reach_CK, link_PK, first_K = spans(g_ptr + at_keys, i_C, i_K, keys, tokens, stride)
         steep = tl.min(head_CK) < -SPAN
         dq_CK, dk_CK, dg_CK, db_CK = pull_chunk(
             *(dp_CC, dt_CC, q_CK, k_CK, b_CK, dq_CK, de_CK, dk_CK, ddecay_K),
-            *(head_CK, reach_CK, link_PK, first_K, scale, steep, operand),
+            *(head_CK, reach_CK, link_PK, first_K, scale, steep, i_C, operand),
         )
         tl.store(dg_ptr + at_keys + at_CK, dg_CK, mask=live_CK)
         tl.store(dq_ptr + at_keys + at_CK, dq_CK.to(operand), mask=live_CK)
@@ -121,5 +145,5 @@ GRADIENTS = Kernel(
     | dict.fromkeys(("T", "H", "HV", "N", "key_size", "value_size"), "i32")
     | {"scale": "fp32", "dq": "*q", "dk": "*q", "dg": "*fp32", "db": "*q"},
     options={"PACKED": (0, 1), "MASKED": (0, 1)},
-    grid="(2 * pairs * H, 1, 1)",
+    grid="(3 * groups * H, 1, 1)",
 )

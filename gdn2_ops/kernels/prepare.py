@@ -7,13 +7,14 @@ stand on its first row and one of them is 1 / gamma: right in rows that decayed 
 slice of keys has rows with more, the pairwise form makes them, sixteen diagonals at a time; the branch is one for the
 program, the choice is of the row, so that no token knows what comes after it.
 
-E waits for A in registers, in float32, which has none to spare, where Y will be.
+Kt waits for A in registers, in float32, which has none to spare, where Kx will be; there Aqk waits where Ax will be.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,7 +29,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def scores(e_CK, q_CK, k_CK, t_CC, aqk_CC, dtype: tl.constexpr):
-    """T and Aqk of one slice more; Aqk will be rounded to q's dtype."""
+    """T and Aqk of one slice more; Aqk may have the digits of q's dtype."""
     k_KC = tl.trans(k_CK)
     t_CC = product(e_CK, k_KC, t_CC, dtype)
     if dtype == tl.float16:
@@ -89,6 +90,15 @@ def neighbours(i, size: tl.constexpr):
 
 
 @triton.jit
+def on_diagonal(x_PRR):
+    """The matrix of these blocks on its diagonal and zeros."""
+    P: tl.constexpr = x_PRR.shape[0]
+    i_P = tl.arange(0, P)
+    same_PRPR = (i_P[:, None] == i_P[None, :])[:, None, :, None]
+    return tl.reshape(tl.where(same_PRPR, x_PRR[:, :, None, :], 0.0), [P * 16, P * 16])
+
+
+@triton.jit
 def invert(t_PRR, t_CC, dtype: tl.constexpr):
     """(I + T)^-1 of the strictly lower T: blocks t_PRR on the diagonal, the rest in t_CC.
 
@@ -104,9 +114,7 @@ def invert(t_PRR, t_CC, dtype: tl.constexpr):
         step_PRR = product(x_PRR, link_PRR, tl.zeros_like(x_PRR), dtype)
         x_PRR = product(-step_PRR, x_PRR, x_PRR, dtype)
 
-    i_P = tl.arange(0, P)
-    same_PRPR = (i_P[:, None] == i_P[None, :])[:, None, :, None]
-    x_CC = tl.reshape(tl.where(same_PRPR, x_PRR[:, :, None, :], 0.0), [P * 16, P * 16])
+    x_CC = on_diagonal(x_PRR)
     i_C = tl.arange(0, P * 16)
     for log_half in tl.static_range(4, 6):
         link_CC = tl.where(neighbours(i_C, 1 << log_half), t_CC, 0.0)
@@ -115,7 +123,7 @@ def invert(t_PRR, t_CC, dtype: tl.constexpr):
     return x_CC
 
 
-@triton.jit(do_not_specialize=["T", "H", "N", "key_size"])
+@triton.jit(do_not_specialize=["T", "H", "N", "key_size", "keep_a"])
 def prepare_kernel(
     # inputs
     q_ptr,
@@ -128,13 +136,14 @@ def prepare_kernel(
     H,
     N,
     key_size,
+    keep_a,
     scale,
     # outputs
-    y_ptr,
+    e_ptr,
     qd_ptr,
-    kt_ptr,
+    kx_ptr,
+    ax_ptr,
     a_ptr,
-    aqk_ptr,
     decay_ptr,
     # constexprs
     K: tl.constexpr,
@@ -144,7 +153,7 @@ def prepare_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
 ):
-    operand: tl.constexpr = y_ptr.dtype.element_ty
+    operand: tl.constexpr = e_ptr.dtype.element_ty
     EXACT: tl.constexpr = operand == tl.float32
     ROUGH: tl.constexpr = "ieee" if EXACT else "tf32"
     FINE: tl.constexpr = "tf32x3" if operand == tl.float16 else ROUGH  # 1 / gamma passes float16's range
@@ -175,7 +184,7 @@ def prepare_kernel(
     t_far_CC, aqk_far_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     t_PRR, aqk_PRR = tl.zeros([P, 16, 16], tl.float32), tl.zeros([P, 16, 16], tl.float32)
     if not EXACT:
-        e_PRSK = tl.zeros([P, 16, SLICES, BK], operand)
+        kt_PRSK = tl.zeros([P, 16, SLICES, BK], operand)
     for i_slice in tl.range(0, SLICES):
         i_K = i_slice * BK + tl.arange(0, BK)
         live_PRK = (row_PR1 < tokens) & (i_K < keys)[None, None, :]
@@ -211,12 +220,12 @@ def prepare_kernel(
         gamma_PRK = to_head_PRK * tl.exp2(along_blocks(link_PK, before_PP) + g_first_K[None, :])[:, None, :]
         tail_PRK = to_reach_PRK * tl.exp2(along_blocks(link_PK, after_PP))[:, None, :]
         tl.store(qd_ptr + at_slot * C * K + at_work_PRK, (q_PRK * gamma_PRK).to(operand))
+        tl.store(e_ptr + at_slot * C * K + at_work_PRK, (e_PRK * gamma_PRK).to(operand))
         if EXACT:
-            tl.store(y_ptr + at_slot * C * K + at_work_PRK, e_PRK * gamma_PRK)  # until A is known
+            tl.store(kx_ptr + at_slot * C * K + at_work_PRK, k_PRK * tail_PRK)
         else:
             here_S1 = (tl.arange(0, SLICES) == i_slice)[:, None]
-            e_PRSK = tl.where(here_S1[None, None, :, :], (e_PRK * gamma_PRK).to(operand)[:, :, None, :], e_PRSK)
-        tl.store(kt_ptr + at_slot * C * K + at_work_PRK, (k_PRK * tail_PRK).to(operand))
+            kt_PRSK = tl.where(here_S1[None, None, :, :], (k_PRK * tail_PRK).to(operand)[:, :, None, :], kt_PRSK)
         tl.store(decay_ptr + at_slot * K + i_K, tl.exp2(tl.sum(link_PK, 0) + g_first_K))
 
         # pairs of blocks, then of halves: rows of the later one, columns of the earlier one, both from its first row
@@ -229,24 +238,29 @@ def prepare_kernel(
         k_CK = tl.reshape(k_PRK * x_PRK, [C, BK])
         t_far_CC, aqk_far_CC = scores(e_CK, q_CK, k_CK, t_far_CC, aqk_far_CC, operand)
 
-    at_PRR = row_PR1 * C + (i_P[:, None] * 16 + i_R[None, :])[:, None, :]
     at_CC = i_C[:, None] * C + i_C[None, :]
     aqk_PRR = tl.where((i_R[:, None] >= i_R[None, :])[None, :, :], aqk_PRR, 0.0)
-    tl.store(aqk_ptr + at_slot * C * C + at_PRR, aqk_PRR.to(operand))
-    aqk_CC = tl.where(block_C1 > block_1C, tl.where(near_CC, aqk_near_CC, aqk_far_CC), 0.0)
-    tl.store(aqk_ptr + at_slot * C * C + at_CC, aqk_CC.to(operand), mask=block_C1 > block_1C)
+    aqk_CC = on_diagonal(aqk_PRR) + tl.where(block_C1 > block_1C, tl.where(near_CC, aqk_near_CC, aqk_far_CC), 0.0)
     a_CC = invert(t_PRR, tl.where(near_CC, t_near_CC, t_far_CC), operand)
-    tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=block_C1 >= block_1C)
     if EXACT:
-        tl.debug_barrier()  # A and E come back in slices that other threads wrote
+        tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=block_C1 >= block_1C)
+        tl.store(ax_ptr + at_slot * C * C + at_CC, aqk_CC, mask=block_C1 >= block_1C)
+        tl.debug_barrier()  # they and Kt come back in slices that other threads wrote
+        ax_CC = loaded_product(ax_ptr + at_slot * C * C, C, 1, a_CC, tl.zeros([C, C], tl.float32), 1)
+        tl.debug_barrier()
+        tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC, mask=block_C1 >= block_1C)
         for i_slice in tl.range(0, SLICES):
             at_CK = at_slot * C * K + i_C[:, None] * K + (i_slice * BK + tl.arange(0, BK))[None, :]
-            e_CK = tl.load(y_ptr + at_CK)
-            y_CK = applied(a_ptr + at_slot * C * C, C, e_CK, operand)
-            tl.store(y_ptr + at_CK, y_CK)
+            kx_CK = applied(a_ptr + at_slot * C * C, C, tl.load(kx_ptr + at_CK), operand, True)
+            tl.debug_barrier()
+            tl.store(kx_ptr + at_CK, kx_CK)
     else:
-        y_CK = product(a_CC, tl.reshape(e_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
-        tl.store(y_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], y_CK.to(operand))
+        if keep_a:
+            tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=block_C1 >= block_1C)
+        ax_CC = product(aqk_CC, a_CC, tl.zeros([C, C], tl.float32), operand)
+        tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC.to(operand), mask=block_C1 >= block_1C)
+        kx_CK = product(tl.trans(a_CC), tl.reshape(kt_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
+        tl.store(kx_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], kx_CK.to(operand))
 
 
 @triton.jit
@@ -261,29 +275,27 @@ def bounds(cu_seqlens_ptr, i_n, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def writes(a_ptr, y_ptr, at_slot, z_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
-    """R of a chunk; state_KV in the dtype of the workspace."""
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    r_CV = applied(a_ptr + at_slot * C * C, C, z_CV, dtype)
-    taken_CV = loaded_product(y_ptr + at_slot * C * K, K, 1, state_KV, tl.zeros(z_CV.shape, tl.float32))
-    return (r_CV - taken_CV).to(dtype)
+def minus_taken(e_ptr, at_slot, z_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
+    """X of a chunk; state_KV in the dtype of the workspace."""
+    taken_CV = loaded_product(e_ptr + at_slot * C * K, K, 1, state_KV, tl.zeros(z_CV.shape, tl.float32))
+    return (z_CV - taken_CV).to(e_ptr.dtype.element_ty)
 
 
 @triton.jit
-def carried(decay_ptr, kt_ptr, at_slot, r_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
+def carried(decay_ptr, kx_ptr, at_slot, x_CV, state_KV, C: tl.constexpr, K: tl.constexpr):
     """The state after a chunk."""
     state_KV *= tl.load(decay_ptr + at_slot * K + tl.arange(0, K))[:, None]
-    return loaded_product(kt_ptr + at_slot * C * K, 1, K, r_CV, state_KV)
+    return loaded_product(kx_ptr + at_slot * C * K, 1, K, x_CV, state_KV)
 
 
 class Workspace(NamedTuple):
-    """What `prepare` writes, in the layout above."""
+    """What `prepare` writes, in the layout of chunk_forward.py."""
 
-    y: Tensor
+    e: Tensor
     qd: Tensor
-    kt: Tensor
-    a: Tensor
-    aqk: Tensor
+    kx: Tensor
+    ax: Tensor
+    a: Tensor | None
     decay: Tensor
 
 
@@ -292,10 +304,10 @@ PREPARE = Kernel(
     function=prepare_kernel,
     types=dict.fromkeys(("q", "k"), "*q")
     | {"g": "*fp32", "b": "*q", "cu_seqlens": "*i64"}
-    | dict.fromkeys(("T", "H", "N", "key_size"), "i32")
+    | dict.fromkeys(("T", "H", "N", "key_size", "keep_a"), "i32")
     | {"scale": "fp32"}
-    | dict.fromkeys(("y", "qd", "kt"), "*q")
-    | {"a": "*fp32", "aqk": "*q", "decay": "*fp32"},
+    | dict.fromkeys(("e", "qd", "kx", "ax"), "*q")
+    | {"a": "*fp32", "decay": "*fp32"},
     options={"PACKED": (0, 1), "MASKED": (0, 1)},
     grid="(slots * H, 1, 1)",
 )
@@ -306,14 +318,18 @@ def slots(B: int, T: int, cu_seqlens: Tensor | None, size: int) -> int:
     return B * triton.cdiv(T, size) if cu_seqlens is None else T // size + cu_seqlens.shape[0] - 1
 
 
-def prepare(q: Tensor, k: Tensor, g: Tensor, b: Tensor, cu_seqlens: Tensor | None, scale: float) -> Workspace:
-    """Launches `prepare`. Tensors of other strides than contiguous ones are copied, here and below."""
+def prepare(
+    q: Tensor, k: Tensor, g: Tensor, b: Tensor, cu_seqlens: Tensor | None, scale: float, *, keep_a: bool = False
+) -> Workspace:
+    """Launches `prepare`. Tensors of other strides than contiguous ones are copied, here and below.
+
+    keep_a: whether A is wanted; float32 has it anyway, as it has no registers for it.
+    """
     (B, T, H, key_size), K = q.shape, tiles.head_size(q.shape[3])
     chunks = slots(B, T, cu_seqlens, C)
-    keys = (q.new_empty(chunks, H, C, K) for _ in range(3))
-    y, qd, kt = keys
-    aqk = q.new_empty(chunks, H, C, C)
-    out = Workspace(y, qd, kt, g.new_empty(chunks, H, C, C), aqk, g.new_empty(chunks, H, K))
+    e, qd, kx = (q.new_empty(chunks, H, C, K) for _ in range(3))
+    a = g.new_empty(chunks, H, C, C) if keep_a or q.dtype == torch.float32 else None
+    out = Workspace(e, qd, kx, q.new_empty(chunks, H, C, C), a, g.new_empty(chunks, H, K))
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     inputs = (q.contiguous(), k.contiguous(), g.contiguous(), b.contiguous(), cu_seqlens)
     PREPARE.launch(
@@ -322,7 +338,7 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, b: Tensor, cu_seqlens: Tensor | Non
         q.dtype,
         key_size,
         key_size,
-        *(*inputs, T, H, N, key_size, scale, *out),
+        *(*inputs, T, H, N, key_size, int(keep_a), scale, *out),
         PACKED=int(cu_seqlens is not None),
         MASKED=is_masked(key_size, key_size),
     )

@@ -75,9 +75,9 @@ def to_rows(x_PK):
 
 
 @triton.jit
-def spans(g_ptr, i_K, keys, tokens, stride, C: tl.constexpr):
+def spans(g_ptr, i_C, i_K, keys, tokens, stride):
     """log2 of the decays of a slice of keys, as in `prepare`: head_CK, reach_CK, link_PK and the first token's."""
-    i_C, keys_K = tl.arange(0, C), i_K < keys
+    keys_K = i_K < keys
     at_CK = i_C[:, None] * stride + i_K[None, :]
     later_CK = ((i_C < tokens) & (i_C % 16 > 0))[:, None] & keys_K[None, :]
     next_CK = (i_C + 1 < tokens)[:, None] & keys_K[None, :]
@@ -104,12 +104,11 @@ def to_end(to_reach_CK, link_PK):
 
 
 @triton.jit
-def carriers(q_ptr, k_ptr, g_ptr, b_ptr, i_K, keys, tokens, stride, scale, later, C: tl.constexpr, dtype: tl.constexpr):
+def carriers(q_ptr, k_ptr, g_ptr, b_ptr, i_C, i_K, keys, tokens, stride, scale, later, dtype: tl.constexpr):
     """What carries a slice of a state over a chunk of `tokens`: its decay; then Kt and nothing for S, which goes on to
     a later chunk, or Qd and -E for dS, which goes back to an earlier one."""
-    i_C = tl.arange(0, C)
     at_CK, live_CK = i_C[:, None] * stride + i_K[None, :], (i_C < tokens)[:, None] & (i_K < keys)[None, :]
-    head_CK, reach_CK, link_PK, first_K = spans(g_ptr, i_K, keys, tokens, stride, C)
+    head_CK, reach_CK, link_PK, first_K = spans(g_ptr, i_C, i_K, keys, tokens, stride)
     k_CK = tl.load(k_ptr + at_CK, mask=live_CK, other=0.0).to(tl.float32)
     if later:
         x_CK = (k_CK * to_end(tl.exp2(reach_CK), link_PK)).to(dtype)
@@ -123,55 +122,91 @@ def carriers(q_ptr, k_ptr, g_ptr, b_ptr, i_K, keys, tokens, stride, scale, later
 
 
 @triton.jit
+def carry(
+    state_KV,
+    dstate_KV,
+    do_ptr,
+    dx_ptr,
+    r_ptr,
+    at_CV,
+    i_C,
+    i_V,
+    carry_K,
+    x_CK,
+    y_CK,
+    tokens,
+    later,
+    values,
+):
+    """S, for a later chunk, or dS, for an earlier one, over the chunk at at_CV; the other one as it is."""
+    operand: tl.constexpr = r_ptr.dtype.element_ty
+    EXACT: tl.constexpr = operand == tl.float32
+    live_CV = (i_C < tokens)[:, None] & (i_V < values)[None, :]
+    if later:
+        r_CV = tl.load(r_ptr + at_CV, mask=live_CV, other=0.0)
+        state_KV = summed(tl.trans(x_CK), r_CV, state_KV.to(tl.float32) * carry_K[:, None], EXACT).to(operand)
+    else:
+        do_CV = tl.load(do_ptr + at_CV, mask=live_CV, other=0.0)
+        dx_CV = tl.load(dx_ptr + at_CV, mask=live_CV, other=0.0)
+        before_KV = summed(tl.trans(x_CK), do_CV, dstate_KV.to(tl.float32) * carry_K[:, None], EXACT)
+        dstate_KV = summed(tl.trans(y_CK), dx_CV, before_KV, EXACT).to(operand)
+    return state_KV, dstate_KV
+
+
+@triton.jit
 def pull_states(
     do_ptr,
     dx_ptr,
     r_ptr,
     states_ptr,
     dstates_ptr,
-    carry_K,
-    x_CK,
-    y_CK,
+    i_C,
     i_K,
     keys,
+    far_K,
+    far_x_CK,
+    far_y_CK,
+    to_far,
+    far_tokens,
+    after_far,
+    near_K,
+    near_x_CK,
+    near_y_CK,
+    to_near,
+    near_tokens,
+    after_near,
     tokens,
-    to_other,
-    other_tokens,
     stride,
     values,
     parts,
-    later,
     V: tl.constexpr,
     BV: tl.constexpr,
 ):
     """dO S^T, -dX S^T and R dS^T for a slice of keys (10), and the sum of S dS over the values.
 
-    Of a pair of chunks S before the first and dS after the second are in memory; the other one of this chunk, S for the
-    later one and dS for the earlier one, comes over the other chunk, `to_other` numbers away.
+    Of a group of chunks S before the first and dS after the last are in memory; both come to this chunk over the other
+    two, first the far one, then the near one, `to_far` and `to_near` numbers away.
     """
     operand: tl.constexpr = r_ptr.dtype.element_ty
     EXACT: tl.constexpr = operand == tl.float32
-    C: tl.constexpr = x_CK.shape[0]
-    i_C = tl.arange(0, C)
-    zero_CK = tl.zeros(x_CK.shape, tl.float32)
-    dq_CK, de_CK, dk_CK, ddecay_KV = zero_CK, zero_CK, zero_CK, tl.zeros([x_CK.shape[1], BV], tl.float32)
+    zero_CK = tl.zeros(far_x_CK.shape, tl.float32)
+    dq_CK, de_CK, dk_CK, ddecay_KV = zero_CK, zero_CK, zero_CK, tl.zeros([far_x_CK.shape[1], BV], tl.float32)
     for part in tl.range(0, parts):
         i_V = part % (V // BV) * BV + tl.arange(0, BV)
         at_CV = i_C[:, None] * stride + (part // (V // BV) * values + i_V)[None, :]
         live_CV = (i_C < tokens)[:, None] & (i_V < values)[None, :]
-        other_CV = (i_C < other_tokens)[:, None] & (i_V < values)[None, :]
         at_KV = (part // (V // BV) * keys + i_K)[:, None] * values + i_V[None, :]
         live_KV = (i_K < keys)[:, None] & (i_V < values)[None, :]
         state_KV = tl.load(states_ptr + at_KV, mask=live_KV, other=0.0)
         dstate_KV = tl.load(dstates_ptr + at_KV, mask=live_KV, other=0.0)
-        if later:
-            r_CV = tl.load(r_ptr + to_other + at_CV, mask=other_CV, other=0.0)
-            state_KV = summed(tl.trans(x_CK), r_CV, state_KV.to(tl.float32) * carry_K[:, None], EXACT).to(operand)
-        else:
-            do_CV = tl.load(do_ptr + to_other + at_CV, mask=other_CV, other=0.0)
-            dx_CV = tl.load(dx_ptr + to_other + at_CV, mask=other_CV, other=0.0)
-            before_KV = summed(tl.trans(x_CK), do_CV, dstate_KV.to(tl.float32) * carry_K[:, None], EXACT)
-            dstate_KV = summed(tl.trans(y_CK), dx_CV, before_KV, EXACT).to(operand)
+        state_KV, dstate_KV = carry(
+            *(state_KV, dstate_KV, do_ptr, dx_ptr, r_ptr, to_far + at_CV, i_C, i_V),
+            *(far_K, far_x_CK, far_y_CK, far_tokens, after_far, values),
+        )
+        state_KV, dstate_KV = carry(
+            *(state_KV, dstate_KV, do_ptr, dx_ptr, r_ptr, to_near + at_CV, i_C, i_V),
+            *(near_K, near_x_CK, near_y_CK, near_tokens, after_near, values),
+        )
         ddecay_KV += dstate_KV.to(tl.float32) * state_KV.to(tl.float32)
         do_CV = tl.load(do_ptr + at_CV, mask=live_CV, other=0.0)
         dq_CK = summed(do_CV, tl.trans(state_KV), dq_CK, EXACT)
@@ -211,6 +246,7 @@ def pull_chunk(
     first_K,
     scale,
     steep,
+    i_C,
     dtype: tl.constexpr,
 ):
     """dq, dk, dg and db of a slice of keys, without what tokens of a block owe each other where that is `steep`.
@@ -220,7 +256,7 @@ def pull_chunk(
     EXACT: tl.constexpr = dtype == tl.float32
     INSIDE: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float32  # 1 / gamma passes float16's range
     C: tl.constexpr = q_CK.shape[0]
-    i_C, i_P = tl.arange(0, C), tl.arange(0, C // 16)
+    i_P = tl.arange(0, C // 16)
     before_PP, after_PP = i_P[:, None] > i_P[None, :], i_P[:, None] < i_P[None, :]
     middle_PP = ((i_P[:, None] == 0) & (i_P[None, :] == 1)) | ((i_P[:, None] == 3) & (i_P[None, :] == 2))
     of_middle_PP = ((i_P[:, None] == 1) & (i_P[None, :] == 0)) | ((i_P[:, None] == 2) & (i_P[None, :] == 3))

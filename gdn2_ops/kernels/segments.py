@@ -1,6 +1,6 @@
 """The walk over chunks in segments that run side by side: for few sequences x heads, whose walk leaves the GPU idle.
 
-A chunk's state is linear in the one before it, S' = (Diag(decay) - Kt^T Y) S + Kt^T A Z, and so is a segment's:
+A chunk's state is linear in the one before it, S' = (Diag(decay) - Kx^T E) S + Kx^T Z, and so is a segment's:
 
     S_end = M S_begin + F        M: the walk from the identity with Z = 0        F: the walk from no state
 
@@ -19,15 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.prepare import Workspace, bounds, carried, writes
+from gdn2_ops.kernels.prepare import Workspace, bounds, carried, minus_taken
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "segments", "length", "key_size", "value_size"])
 def summarise_kernel(
     # inputs
-    y_ptr,
-    kt_ptr,
-    a_ptr,
+    e_ptr,
+    kx_ptr,
     decay_ptr,
     v_ptr,
     w_ptr,
@@ -74,8 +73,8 @@ def summarise_kernel(
         live_CV = (i_c * C + i_C < tokens)[:, None] & (i_column < values)[None, :] & is_f
         z_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
         z_CV *= tl.load(v_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
-        r_CV = writes(a_ptr, y_ptr, at_slot, z_CV, state_KV.to(y_ptr.dtype.element_ty), C, K)
-        state_KV = carried(decay_ptr, kt_ptr, at_slot, r_CV, state_KV, C, K)
+        x_CV = minus_taken(e_ptr, at_slot, z_CV, state_KV.to(e_ptr.dtype.element_ty), C, K)
+        state_KV = carried(decay_ptr, kx_ptr, at_slot, x_CV, state_KV, C, K)
 
     live_KV = (i_K < keys)[:, None] & (i_column < columns)[None, :]
     at_KV = i_K[:, None] * columns + i_column[None, :]
@@ -148,7 +147,7 @@ _SIZES = dict.fromkeys(("T", "H", "HV", "segments", "length", "key_size", "value
 SUMMARISE = Kernel(
     name="summarise",
     function=summarise_kernel,
-    types={"y": "*q", "kt": "*q", "a": "*fp32", "decay": "*fp32", "v": "*q", "w": "*q", "cu_seqlens": "*i64"}
+    types={"e": "*q", "kx": "*q", "decay": "*fp32", "v": "*q", "w": "*q", "cu_seqlens": "*i64"}
     | _SIZES
     | {"m": "*fp32", "f": "*fp32"},
     options={"PACKED": (0, 1), "MASKED": (0, 1)},
@@ -174,7 +173,7 @@ def starts(
     key_size: int,
 ) -> Tensor:
     """The state before each segment of `length` chunks: [N, segments, HV, key_size, V]. v, w, state are contiguous."""
-    (B, T, HV, V), H = v.shape, prepared.y.shape[1]
+    (B, T, HV, V), H = v.shape, prepared.e.shape[1]
     N, new = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, prepared.decay.new_empty
     m, f = new(N, segments, H, key_size, key_size), new(N, segments, HV, key_size, V)
     sizes, packed, masked = (
@@ -188,7 +187,7 @@ def starts(
         v.dtype,
         key_size,
         V,
-        *(prepared.y, prepared.kt, prepared.a, prepared.decay, v, w, cu_seqlens, *sizes, m, f),
+        *(prepared.e, prepared.kx, prepared.decay, v, w, cu_seqlens, *sizes, m, f),
         PACKED=packed,
         MASKED=masked,
     )

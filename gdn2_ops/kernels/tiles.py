@@ -64,19 +64,15 @@ ROWS = (
     # prepare: slices of 16 keys, since with 32 the scores of a chunk and what waits for A spill.
     _Row("prepare", ANY_DTYPE, HEAD_SIZES, HEAD_SIZES, ANY_ARCH, Tile({"C": 64, "BK": 16}, num_warps=8)),
     # recur: [K, BV] of the state in registers. Two stages prefetch a chunk's operands where shared memory holds them
-    # twice; float16, whose A is used in halves, has registers for half of the columns.
+    # twice.
     *(
         _Row("recur", dtypes, KS, (V,), archs, Tile({"C": 64, "BV": min(V, BV)}, num_warps, num_stages))
         for dtypes, KS, archs, BV, num_warps, num_stages in (
-            (("bf16",), (32, 64, 128), (90,), 64, 4, 2),
-            (("bf16",), (256,), (90,), 64, 8, 1),
-            (("fp16",), (32, 64, 128), (90,), 32, 4, 2),
-            (("fp16",), (256,), (90,), 32, 8, 1),
-            (("bf16",), (32, 64, 128), (100,), 64, 4, 1),
-            (("fp16",), (32, 64, 128), (100,), 32, 4, 1),
-            (HALF, (256,), (100,), 32, 8, 1),
+            (HALF, (32, 64, 128), (90,), 64, 4, 2),
+            (HALF, (32, 64, 128), (100,), 64, 4, 1),
             (HALF, (32, 64, 128), (80, 120), 32, 4, 1),
-            (HALF, (256,), (80, 120), 32, 8, 1),
+            (HALF, (256,), (90,), 64, 8, 1),
+            (HALF, (256,), (80, 100, 120), 32, 8, 1),
             (("fp32",), HEAD_SIZES, ANY_ARCH, 16, 8, 1),
         )
         for V in HEAD_SIZES
@@ -85,11 +81,9 @@ ROWS = (
     *(
         _Row("recur_masked", dtypes, KS, HEAD_SIZES, archs, Tile({"C": 64, "BV": 16}, num_warps, num_stages))
         for dtypes, KS, archs, num_warps, num_stages in (
-            (("bf16",), (32, 64, 128), (90,), 4, 2),
-            (("fp16",), (32, 64, 128), (90,), 8, 2),
-            (HALF, (256,), (90,), 8, 1),
+            (HALF, (32, 64, 128), (90,), 4, 2),
             (HALF, (32, 64, 128), (80, 100, 120), 4, 1),
-            (HALF, (256,), (80, 100, 120), 8, 1),
+            (HALF, (256,), ANY_ARCH, 8, 1),
             (("fp32",), HEAD_SIZES, ANY_ARCH, 8, 1),
         )
     ),

@@ -258,5 +258,5 @@ def test_onnx_runtime_itself_runs_the_code(folder, cuda, built, tmp_path, monkey
             for parameter, argument in zip(entry["parameters"], want.arguments):
                 assert parameter["type"] != "i32" or values[parameter["name"]] == argument
         assert values["state"] == values["final_state"] > 0
-        workspaces += [values["y"]] if T == 70 else []
+        workspaces += [values["e"]] if T == 70 else []
     assert not launched and len(workspaces) == 3 and len(set(workspaces)) == 1
