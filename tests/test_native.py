@@ -43,6 +43,26 @@ def test_every_head_size(isa, K, V):
         torch.testing.assert_close(state, whole.state, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("K, V", [(128, 128), (128, 256), (128, 64), (128, 208), (20, 24)])
+def test_the_heads_that_a_thread_walks_together_change_nothing(isa, K, V):
+    """Bit for bit: many states, more than a cache holds where V is 128 or more, and each row alone; in place and not."""
+    case = Case("many states", 1, B=14, H=1, HV=2, K=K, V=V)
+    *rows, state = inputs(case, torch.float32)
+    rows = [x[:, 0] for x in rows]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        o, after = gdn2_ops.step(*rows, state)
+        for n in range(case.B):
+            alone = gdn2_ops.step(*(x[n : n + 1] for x in rows), state[n : n + 1])
+            assert torch.equal(alone.o[0], o[n]) and torch.equal(alone.state[0], after[n])
+        slots = torch.arange(case.B).flip(0)
+        pool = state.flip(0).contiguous()
+        assert torch.equal(gdn2_ops.step_inplace(*rows, pool, slots=slots), o) and torch.equal(pool.flip(0), after)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_number_of_threads_changes_nothing(isa):
     """Bit for bit, with more heads than threads and with fewer, where the columns of a state are shared out."""
     threads = torch.get_num_threads()

@@ -44,6 +44,7 @@ struct Task {
   Keys& keys;
   Scores* scores;  // [SEGMENT]
   Work work;
+  Ahead& ahead;
 
   int64_t count(int64_t i_chunk) const { return smaller(CHUNK, at.length - i_chunk * CHUNK); }
   int64_t token(int64_t i_chunk) const { return at.token + i_chunk * CHUNK; }
@@ -92,9 +93,9 @@ void forward_chunk(const Task& task, const Lane& lane, int64_t i_chunk, int64_t 
     }
   }
   const Left minus_erase = {task.keys.read_erase[CHUNK], ROW, 1}, write_t = {task.keys.write_CK[0], 1, ROW};
-  product<Start::add>(CHUNK, N, task.K_padded, minus_erase, state, N, solved, nullptr, solved, N);
+  product<Start::add>(task.ahead, CHUNK, N, task.K_padded, minus_erase, state, N, solved, nullptr, solved, N);
   solve_lower(task.scores[at_segment].t_CC, solved, N);
-  product<Start::scaled>(task.K_padded, N, CHUNK, write_t, solved, N, state, task.keys.decay_K, state + task.K_padded * N, N);
+  product<Start::scaled>(task.ahead, task.K_padded, N, CHUNK, write_t, solved, N, state, task.keys.decay_K, state + task.K_padded * N, N);
 }
 
 // Gradients of v and w of the chunk, the lane's partial, and d_state carried from after the chunk to before it.
@@ -116,7 +117,7 @@ void backward_chunk_lane(const Task& task, const Lane& lane, int64_t i_chunk, in
     }
   }
   transposed_lower_times(scores.read_CC, p, dx, N);
-  product<Start::add>(CHUNK, N, K, {task.keys.write_CK[0], ROW, 1}, lane.d_state, N, dx, nullptr, dx, N);
+  product<Start::add>(task.ahead, CHUNK, N, K, {task.keys.write_CK[0], ROW, 1}, lane.d_state, N, dx, nullptr, dx, N);
   solve_upper(scores.t_CC, dx, N);
 
   const int64_t at_out = ((task.at.batch * in.T + task.token(i_chunk)) * in.heads.HV) * V + at_v;
@@ -135,16 +136,45 @@ void backward_chunk_lane(const Task& task, const Lane& lane, int64_t i_chunk, in
   transpose(2 * CHUNK, N, p, N, task.work.rows_t, 2 * CHUNK);
   transpose(CHUNK, N, solved, N, task.work.solved_t, CHUNK);
   const float *rows_t = task.work.rows_t, *solved_t = task.work.solved_t;
-  product<Start::zero>(K, 2 * CHUNK, N, {state, N, 1}, rows_t, 2 * CHUNK, nullptr, nullptr, out.d_read_erase, 2 * CHUNK);
-  product<Start::zero>(K, CHUNK, N, {lane.d_state, N, 1}, solved_t, CHUNK, nullptr, nullptr, out.d_write, CHUNK);
-  product<Start::zero>(2 * CHUNK, CHUNK, N, {p, N, 1}, solved_t, CHUNK, nullptr, nullptr, out.d_scores, CHUNK);
+  product<Start::zero>(task.ahead, K, 2 * CHUNK, N, {state, N, 1}, rows_t, 2 * CHUNK, nullptr, nullptr, out.d_read_erase, 2 * CHUNK);
+  product<Start::zero>(task.ahead, K, CHUNK, N, {lane.d_state, N, 1}, solved_t, CHUNK, nullptr, nullptr, out.d_write, CHUNK);
+  product<Start::zero>(task.ahead, 2 * CHUNK, CHUNK, N, {p, N, 1}, solved_t, CHUNK, nullptr, nullptr, out.d_scores, CHUNK);
   for (int64_t d = 0; d < K; ++d) {
     Vec sums = set(0.0f);
     for (int64_t c = 0; c < N; c += LANES) sums = fma(load(state + d * N + c), load(lane.d_state + d * N + c), sums);
     out.d_decay[d] = sum(sums);
   }
-  product<Start::scaled>(K, N, 2 * CHUNK, {task.keys.read_erase[0], 1, ROW}, p, N, lane.d_state, task.keys.decay_K,
+  product<Start::scaled>(task.ahead, K, N, 2 * CHUNK, {task.keys.read_erase[0], 1, ROW}, p, N, lane.d_state, task.keys.decay_K,
                          lane.d_state, N);
+}
+
+// What the chunk reads, and with `backward` writes: fetched while the one before it is computed.
+template <class T>
+void look_ahead(const Task& task, const Lane* lanes, int64_t n_lanes, int64_t i_chunk, bool backward) {
+  const Sequences& in = task.args.in;
+  const int64_t H = in.heads.H, HV = in.heads.HV, K = in.heads.K, V = in.heads.V, k_size = H * K, v_size = HV * V;
+  const int64_t batch = task.at.batch, at_k = task.h * K, at_v = lanes[0].hv * V + lanes[0].v;
+  int64_t width = 0, calls = 0;  // lanes of a task lie side by side
+  for (int64_t i = 0; i < n_lanes; ++i) {
+    const int64_t N = lanes[i].N;
+    width += lanes[i].width;
+    calls += panels(CHUNK, N) + panels(task.K_padded, N);
+    if (backward) calls += panels(task.K_padded, 2 * CHUNK) + panels(task.K_padded, CHUNK) + panels(2 * CHUNK, CHUNK);
+  }
+  const bool inside = 0 <= i_chunk && i_chunk < task.chunks;
+  const int64_t token = inside ? task.token(i_chunk) : 0;
+  task.ahead.begin(inside ? task.count(i_chunk) : 0, calls);
+  const auto add_keys = [&](const View& x) { task.ahead.add_rows<T>(x, batch, token, at_k, K); };
+  const auto add_values = [&](const View& x) { task.ahead.add_rows<T>(x, batch, token, at_v, width); };
+  add_keys(in.q), add_keys(in.k), add_keys(in.b), add_values(in.v), add_values(in.w);
+  task.ahead.add_rows<float>(in.g, batch, token, at_k, K);
+  if (!backward) return;
+  const ChunkBackward& out = task.args;
+  add_values(out.do_);
+  add_keys({out.dq, in.T * k_size, k_size}), add_keys({out.dk, in.T * k_size, k_size});
+  add_keys({out.db, in.T * k_size, k_size});
+  add_values({out.dv, in.T * v_size, v_size}), add_values({out.dw, in.T * v_size, v_size});
+  task.ahead.add_rows<float>({out.dg, in.T * k_size, k_size}, batch, token, at_k, K);
 }
 
 // States and R of a segment, from the state in its first slot; the last slot ends up with the state after it.
@@ -158,6 +188,7 @@ void forward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int64
   for (int64_t i_chunk = first; i_chunk < end; ++i_chunk) {
     load_keys<T>(task.keys, task.args.in, task.at.batch, task.token(i_chunk), task.h, task.count(i_chunk));
     score_keys(task.scores[i_chunk - first], task.keys, task.K_padded);
+    look_ahead<T>(task, lanes, n_lanes, i_chunk + 1, false);
     for (int64_t i = 0; i < n_lanes; ++i) forward_chunk<T>(task, lanes[i], i_chunk, i_chunk - first);
   }
 }
@@ -168,6 +199,7 @@ void backward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int6
   const int64_t first = i_segment * SEGMENT, end = smaller(first + SEGMENT, task.chunks), floats = partial_floats(heads);
   for (int64_t i_chunk = end - 1; i_chunk >= first; --i_chunk) {
     load_keys<T>(task.keys, task.args.in, task.at.batch, task.token(i_chunk), task.h, task.count(i_chunk));
+    look_ahead<T>(task, lanes, n_lanes, i_chunk - 1, true);
     float* at = partials + (finish ? 0 : i_chunk * lanes_of(heads) * floats);
     for (int64_t i = 0; i < n_lanes; ++i) backward_chunk_lane<T>(task, lanes[i], i_chunk, i_chunk - first, at + i * floats);
     if (finish) {
@@ -197,7 +229,8 @@ void backward_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane
   Scores* scores = reinterpret_cast<Scores*>(&keys + 1);
   float* rows = reinterpret_cast<float*>(scores + kept);
   const Work work = {rows, rows + 2 * CHUNK * PART, rows + 4 * CHUNK * PART};
-  const Task task = {args, n, h, at, K, chunks, keys, scores, work};
+  Ahead ahead;
+  const Task task = {args, n, h, at, K, chunks, keys, scores, work, ahead};
 
   Lane* lanes = reinterpret_cast<Lane*>(lane_memory.data);
   float* memory = state_memory.data;

@@ -9,6 +9,7 @@
 // Products of decays only, no quotient: exact at any decay. The pass that updates S for one group forms the sums over the
 // new S for the next: 13 operations and one load and store for 4 tokens, where token by token it is 16 and two.
 // A short last group is filled with inert tokens (a = 1, the rest 0), so a token's bits do not depend on what follows it.
+#include "ahead.h"
 #include "simd.h"
 
 namespace gdn2 {
@@ -130,26 +131,6 @@ GDN2_INLINE void solve(const Group& group, const float* z, float* o, int64_t str
   }
 }
 
-// The rows of the next block's tokens, in cache by the time they are wanted: a few tokens at a time between the passes, as
-// one head's rows lie too far apart for the processor to foresee them.
-struct Ahead {
-  struct Rows {
-    const char* data;
-    int64_t stride, bytes;
-  };
-  Rows rows[7];
-  int64_t tokens, per_pass;
-
-  void fetch() {
-    for (int64_t i = 0; i < per_pass && tokens > 0; ++i, --tokens) {
-      for (Rows& x : rows) {
-        for (int64_t byte = 0; byte < x.bytes; byte += 64) __builtin_prefetch(x.data + byte, 0, 2);
-        x.data += x.stride;
-      }
-    }
-  }
-};
-
 // A block of groups over one tile of columns.
 template <int NV>
 void run_tile(float* state_KV, int64_t K, const Group* groups, int64_t n_groups, const float* z, float* o, int64_t stride,
@@ -199,19 +180,19 @@ void run_tiles(float* tiles, int64_t K, int64_t columns, const Group* groups, in
   }
 }
 
+// The rows of the next block's tokens, fetched between the passes over this one.
 template <class T>
-Ahead look_ahead(const Chunk& args, const Span& at, int64_t token, int64_t h, int64_t at_v, int64_t columns) {
+void look_ahead(Ahead& ahead, const Chunk& args, const Span& at, int64_t token, int64_t h, int64_t at_v, int64_t columns) {
   const Sequences& in = args.in;
-  const int64_t HV = in.heads.HV, K = in.heads.K, V = in.heads.V, size = sizeof(T), at_k = h * K;
-  const auto rows = [&](const View& x, int64_t at_row, int64_t channels, int64_t bytes) {
-    const int64_t first = at.batch * x.batch + (at.token + token) * x.token + at_row;
-    return Ahead::Rows{static_cast<const char*>(x.data) + first * bytes, x.token * bytes, channels * bytes};
-  };
-  const View o = {args.o, in.T * HV * V, HV * V};
-  const int64_t tokens = smaller(BLOCK * GROUP, at.length - token), passes = (BLOCK - 1) * ceil_div(columns, TILE);
-  return {{rows(in.q, at_k, K, size), rows(in.k, at_k, K, size), rows(in.b, at_k, K, size), rows(in.g, at_k, K, sizeof(float)),
-           rows(in.v, at_v, columns, size), rows(in.w, at_v, columns, size), rows(o, at_v, columns, size)},
-          tokens, ceil_div(BLOCK * GROUP, passes)};
+  const int64_t HV = in.heads.HV, K = in.heads.K, V = in.heads.V, next = at.token + token;
+  ahead.begin(smaller(BLOCK * GROUP, at.length - token), (BLOCK - 1) * ceil_div(columns, TILE));
+  ahead.add_rows<T>(in.q, at.batch, next, h * K, K);
+  ahead.add_rows<T>(in.k, at.batch, next, h * K, K);
+  ahead.add_rows<T>(in.b, at.batch, next, h * K, K);
+  ahead.add_rows<float>(in.g, at.batch, next, h * K, K);
+  ahead.add_rows<T>(in.v, at.batch, next, at_v, columns);
+  ahead.add_rows<T>(in.w, at.batch, next, at_v, columns);
+  ahead.add_rows<T>({args.o, in.T * HV * V, HV * V}, at.batch, next, at_v, columns);
 }
 
 template <class T>
@@ -224,6 +205,7 @@ void chunk_columns(const Chunk& args, int64_t n, int64_t hv, int64_t v_begin, in
 
   const Scratch state(K * stride), z(rows * stride), o(rows * stride), memory(BLOCK * sizeof(Group) / sizeof(float));
   Group* groups = reinterpret_cast<Group*>(memory.data);
+  Ahead ahead;
   load_state(state.data, in.state == nullptr ? nullptr : in.state + at_state, K, V, columns);
 
   for (int64_t t = 0; t < at.length; t += rows) {
@@ -239,7 +221,7 @@ void chunk_columns(const Chunk& args, int64_t n, int64_t hv, int64_t v_begin, in
         store(z.data + i * stride + c, inside ? load(v + c, columns - c) * load(w + c, columns - c) : set(0.0f));
       }
     }
-    Ahead ahead = look_ahead<T>(args, at, t + tokens, h, hv * V + v_begin, columns);
+    look_ahead<T>(ahead, args, at, t + tokens, h, hv * V + v_begin, columns);
     run_tiles(state.data, K, columns, groups, n_groups, z.data, o.data, stride, ahead);
     T* out = static_cast<T*>(args.o) + ((at.batch * in.T + at.token + t) * HV + hv) * V + v_begin;
     for (int64_t i = 0; i < tokens; ++i, out += HV * V) {

@@ -104,11 +104,17 @@ bool set_isa(Isa isa) {
   return true;
 }
 
+// A thread has consecutive value heads, which the kernel takes together.
 void step(const Step& args, const ThreadPool& pool) {
-  const int64_t HV = args.heads.HV, V = args.heads.V;
+  const int64_t items = args.N * args.heads.HV, V = args.heads.V, units = ceil_div(V, COLUMNS);
   const auto run = kernels().step;
-  parallel_parts(pool, args.N * HV, ceil_div(V, COLUMNS), [&args, run, HV, V](int64_t i, int64_t begin, int64_t end) {
-    run(args, i / HV, i % HV, begin * COLUMNS, smaller(end * COLUMNS, V));
+  if (splits(items, units, pool) == 1) {
+    const int64_t tasks = smaller(items, pool.run == nullptr || pool.threads < 1 ? 1 : pool.threads);
+    auto task = [&args, run, items, tasks, V](int64_t i) { run(args, items * i / tasks, items * (i + 1) / tasks, 0, V); };
+    return parallel(pool, tasks, task);
+  }
+  parallel_parts(pool, items, units, [&args, run, V](int64_t i, int64_t begin, int64_t end) {
+    run(args, i, i + 1, begin * COLUMNS, smaller(end * COLUMNS, V));
   });
 }
 

@@ -14,8 +14,9 @@ constexpr int64_t COLUMNS = 16;  // splits of V are multiples of it, whatever th
 constexpr int64_t PART = 64;     // value columns that one lane of the backward pass owns
 
 struct KernelTable {
-  // Columns [v_begin, v_end) of value head hv of row or sequence n; v_begin a multiple of COLUMNS.
-  void (*step)(const Step&, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end);
+  // Columns [v_begin, v_end), v_begin a multiple of COLUMNS: of value heads [begin, end) of N HV; of value head hv of
+  // sequence n.
+  void (*step)(const Step&, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end);
   void (*chunk)(const Chunk&, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end);
 
   // A lane is (value head of the group, part of V). `partials` null: do all of key head h. Else: write the lane's share of

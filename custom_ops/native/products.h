@@ -2,6 +2,7 @@
 // called ld. CHUNK x CHUNK triangles are applied row by row and never touched above the diagonal.
 #pragma once
 
+#include "ahead.h"
 #include "simd.h"
 
 namespace gdn2 {
@@ -16,7 +17,7 @@ struct Left {
 enum class Start { zero, add, scaled };  // what the sums begin with: 0, start, or Diag(scale) start
 
 template <int NV, Start START>
-GDN2_INLINE void product_panel(int64_t M, int64_t inner, Left a, const float* b, int64_t ld_b, const float* start,
+GDN2_INLINE void product_panel(Ahead& ahead, int64_t M, int64_t inner, Left a, const float* b, int64_t ld_b, const float* start,
                                const float* scale, float* out, int64_t ld) {
   constexpr int MR = PRODUCT_ROWS;
   for (int64_t m = 0; m < M; m += MR) {
@@ -28,6 +29,7 @@ GDN2_INLINE void product_panel(int64_t M, int64_t inner, Left a, const float* b,
         if (START == Start::scaled) sums[i][c] = sums[i][c] * set(scale[m + i]);
       }
     }
+    ahead.fetch();
     const float* a_m = a.data + m * a.row;
     const float* b_i = b;
     for (int64_t x = 0; x < inner; ++x, a_m += a.column, b_i += ld_b) {
@@ -46,15 +48,18 @@ GDN2_INLINE void product_panel(int64_t M, int64_t inner, Left a, const float* b,
   }
 }
 
+// How often a product looks ahead.
+inline int64_t panels(int64_t M, int64_t N) { return M / PRODUCT_ROWS * ceil_div(N, 2 * LANES); }
+
 // out[M, N] = start + a[M, inner] b[inner, N]; M and N multiples of 16; out may be start, both with leading dimension ld.
 template <Start START>
-void product(int64_t M, int64_t N, int64_t inner, Left a, const float* b, int64_t ld_b, const float* start,
+void product(Ahead& ahead, int64_t M, int64_t N, int64_t inner, Left a, const float* b, int64_t ld_b, const float* start,
              const float* scale, float* out, int64_t ld) {
   int64_t c = 0;
   for (; c + 2 * LANES <= N; c += 2 * LANES) {
-    product_panel<2, START>(M, inner, a, b + c, ld_b, start + c, scale, out + c, ld);
+    product_panel<2, START>(ahead, M, inner, a, b + c, ld_b, start + c, scale, out + c, ld);
   }
-  for (; c < N; c += LANES) product_panel<1, START>(M, inner, a, b + c, ld_b, start + c, scale, out + c, ld);
+  for (; c < N; c += LANES) product_panel<1, START>(ahead, M, inner, a, b + c, ld_b, start + c, scale, out + c, ld);
 }
 
 // x := (I + tril(t, -1))^-1 x

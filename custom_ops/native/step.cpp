@@ -2,13 +2,17 @@
 //
 //   r = S^T (a*b*k)     p = S^T (a*q)     u = z - r     o = scale * (p + (q.k) u)     S = a*S + k u^T
 //
-// A tile of V (STEP_VECS vectors of columns) is read twice: from memory for r and p, from cache for the update. Rows of another
-// state_out are fetched with the first read, else the update would wait for each of them.
+// A state is walked in tiles of V (STEP_VECS vectors of columns), each twice: for r and p, and for the update. The update of
+// one tile and the sums of the next go row by row together, so that arithmetic and memory are busy at the same time, and
+// the update walks back: the rows that were read last are still in the first-level cache.
 #include "simd.h"
 
 namespace gdn2 {
 namespace GDN2_ISA {
 namespace {
+
+constexpr int64_t CACHE = 3 << 19;  // bytes: in a second-level cache half a tile is faster, from memory whole rows are
+constexpr int64_t ROWS_AHEAD = 8;  // of the tile that is summed: far enough to come from memory in time
 
 struct Token {
   alignas(64) float a[MAX_HEAD];
@@ -18,12 +22,17 @@ struct Token {
   float read_k;                       // scale*(q.k)
 };
 
-struct Columns {
-  const float* state_in;
-  float* state_out;
-  const float* z;
-  float* o;
-  int64_t K, V;  // V is the row stride
+// Columns of one state, V its row stride.
+struct Tile {
+  const Token* token;
+  const float* in;
+  float* out;
+  int64_t K, V;
+};
+
+template <int NV>
+struct Vecs {
+  Vec x[NV];
 };
 
 template <class T>
@@ -47,9 +56,11 @@ void load_token(Token& token, const Step& args, int64_t n, int64_t h) {
   token.read_k = sum(read_k);
 }
 
-// NV vectors of columns; PARTIAL: the last of them has only `last` columns.
-template <int NV, bool PARTIAL>
-void step_tile(const Token& token, const Columns at, int64_t last) {
+// The tile `done`, whose u is known, gets its new state from the last row to the first; of `next` come r and p. PARTIAL:
+// the last of the NV vectors has only `last` columns.
+template <int NV, bool UPDATE, bool REDUCE, bool PARTIAL = false>
+GDN2_INLINE void walk(const Tile& done, const Vecs<NV>& u_done, const Tile& next, Vecs<NV>& r_next, Vecs<NV>& p_next,
+                      int64_t last = LANES) {
   const auto get = [last](const float* p, int c) {
     return PARTIAL && c == NV - 1 ? load(p + c * LANES, last) : load(p + c * LANES);
   };
@@ -57,71 +68,166 @@ void step_tile(const Token& token, const Columns at, int64_t last) {
     if (PARTIAL && c == NV - 1) store(p + c * LANES, x, last);
     else store(p + c * LANES, x);
   };
-  const int64_t K = at.K, V = at.V;
-  const float* in = at.state_in;
-  float* out = at.state_out;
-  const bool fetch = in != out;
+  const Tile& either = REDUCE ? next : done;
+  const int64_t K = either.K, V = either.V;
+  const bool fetch = REDUCE && next.in != next.out;
   Vec r[NV], p[NV], u[NV];
-  for (int c = 0; c < NV; ++c) r[c] = p[c] = set(0.0f);
+#pragma GCC unroll 8
+  for (int c = 0; c < NV; ++c) {
+    r[c] = p[c] = set(0.0f);
+    if (UPDATE) u[c] = u_done.x[c];
+  }
   for (int64_t d = 0; d < K; ++d) {
-    const Vec erase = set(token.erase[d]), read = set(token.read[d]);
+    const int64_t back = K - 1 - d;
+    Vec a, k, erase, read;
+    if (UPDATE) a = set(done.token->a[back]), k = set(done.token->k[back]);
+    if (REDUCE) erase = set(next.token->erase[d]), read = set(next.token->read[d]);
+#pragma GCC unroll 8
     for (int c = 0; c < NV; ++c) {
-      if (fetch) __builtin_prefetch(out + d * V + c * LANES, 1, 2);
-      const Vec s = once(get(in + d * V, c));
-      r[c] = fma(erase, s, r[c]);
-      p[c] = fma(read, s, p[c]);
+      if (REDUCE) {
+        if (fetch) __builtin_prefetch(next.out + d * V + c * LANES, 1, 2);
+        else __builtin_prefetch(next.in + (d + ROWS_AHEAD) * V + c * LANES, 1, 3);
+        const Vec s = once(get(next.in + d * V, c));
+        r[c] = fma(erase, s, r[c]);
+        p[c] = fma(read, s, p[c]);
+      }
+      if (UPDATE) put(done.out + back * V, c, fma(k, u[c], a * get(done.in + back * V, c)));
     }
   }
-  for (int c = 0; c < NV; ++c) u[c] = get(at.z, c) - r[c];
-  for (int c = 0; c < NV; ++c) put(at.o, c, fma(set(token.read_k), u[c], p[c]));
-  for (int64_t d = 0; d < K; ++d, in += V, out += V) {
-    const Vec a = set(token.a[d]), k = set(token.k[d]);
-    for (int c = 0; c < NV; ++c) put(out, c, fma(k, u[c], a * get(in, c)));
+#pragma GCC unroll 8
+  for (int c = 0; REDUCE && c < NV; ++c) {
+    r_next.x[c] = r[c];
+    p_next.x[c] = p[c];
   }
+}
+
+// u of a tile, and its part of o.
+template <int NV>
+GDN2_INLINE Vecs<NV> solve(float read_k, const float* z, const Vecs<NV>& r, const Vecs<NV>& p, float* o) {
+  Vecs<NV> u;
+  for (int c = 0; c < NV; ++c) {
+    u.x[c] = load(z + c * LANES) - r.x[c];
+    store(o + c * LANES, fma(set(read_k), u.x[c], p.x[c]));
+  }
+  return u;
+}
+
+// One value head after the other, columns [v_begin, v_end) of each.
+template <class T>
+class Cursor {
+ public:
+  Cursor(const Step& args, int64_t v_begin, int64_t v_end) : args_(args), v_begin_(v_begin), v_end_(v_end) {}
+
+  alignas(64) float z[MAX_HEAD];
+  alignas(64) float o[MAX_HEAD];
+
+  // Goes to value head i of N HV: its z, and its token, which serves a group.
+  void begin(int64_t i) {
+    const Heads& heads = args_.heads;
+    const int64_t n = i / heads.HV, hv = i % heads.HV, key = n * heads.H + hv / (heads.HV / heads.H);
+    if (key != key_) {
+      at_ = 1 - at_;
+      load_token<T>(tokens_[at_], args_, n, key - n * heads.H);
+      key_ = key;
+    }
+    const T* v = row<T>(args_.v, n, 0, hv * heads.V);
+    const T* w = row<T>(args_.w, n, 0, hv * heads.V);
+    for (int64_t c = v_begin_; c < v_end_; c += LANES) {
+      store(z + c, load(v + c, v_end_ - c) * load(w + c, v_end_ - c), v_end_ - c);
+    }
+    const int64_t slot = args_.slots == nullptr  ? n
+                         : args_.slot_bytes == 4 ? static_cast<const int32_t*>(args_.slots)[n]
+                                                 : static_cast<const int64_t*>(args_.slots)[n];
+    at_state_ = (slot * heads.HV + hv) * heads.K * heads.V;
+    out_ = static_cast<T*>(args_.o) + i * heads.V;
+  }
+
+  Tile tile(int64_t c) const {
+    return {&tokens_[at_], args_.state_in + at_state_ + c, args_.state_out + at_state_ + c, args_.heads.K, args_.heads.V};
+  }
+
+  float read_k() const { return tokens_[at_].read_k; }
+
+  // o of the head is complete.
+  void end() {
+    for (int64_t c = v_begin_; c < v_end_; c += LANES) store(out_ + c, load(o + c, v_end_ - c), v_end_ - c);
+  }
+
+ private:
+  const Step& args_;
+  const int64_t v_begin_, v_end_;
+  Token tokens_[2];  // of this head, and of the one whose last tile is not updated yet
+  int64_t key_ = -1, at_ = 0, at_state_ = 0;
+  T* out_ = nullptr;
+};
+
+// All tiles have NV whole vectors.
+template <class T, int NV>
+void step_equal_tiles(const Step& args, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end) {
+  Cursor<T> head(args, v_begin, v_end);
+  Vecs<NV> u, r, p;
+  Tile done = {};
+  for (int64_t i = begin; i < end; ++i) {
+    head.begin(i);
+    for (int64_t c = v_begin; c < v_end; c += NV * LANES) {
+      const Tile next = head.tile(c);
+      if (done.out == nullptr) walk<NV, false, true>(done, u, next, r, p);
+      else walk<NV, true, true>(done, u, next, r, p);
+      u = solve<NV>(head.read_k(), head.z + c, r, p, head.o + c);
+      done = next;
+    }
+    head.end();
+  }
+  if (done.out != nullptr) walk<NV, true, false>(done, u, done, r, p);
+}
+
+template <int NV, bool PARTIAL>
+void step_tile(const Tile& tile, float read_k, const float* z, float* o, int64_t last) {
+  Vecs<NV> u, r, p;
+  walk<NV, false, true, PARTIAL>(tile, u, tile, r, p, last);
+  u = solve<NV>(read_k, z, r, p, o);
+  walk<NV, true, false, PARTIAL>(tile, u, tile, r, p, last);
 }
 
 template <int NV>
-void step_tile_of(int64_t vecs, const Token& token, const Columns& at, int64_t last) {
+void step_tile_of(int64_t vecs, const Tile& tile, float read_k, const float* z, float* o, int64_t last) {
   if constexpr (NV > 1) {
-    if (vecs < NV) return step_tile_of<NV - 1>(vecs, token, at, last);
+    if (vecs < NV) return step_tile_of<NV - 1>(vecs, tile, read_k, z, o, last);
   }
-  if (last < LANES) step_tile<NV, true>(token, at, last);
-  else step_tile<NV, false>(token, at, last);
+  if (last < LANES) step_tile<NV, true>(tile, read_k, z, o, last);
+  else step_tile<NV, false>(tile, read_k, z, o, last);
+}
+
+// Tiles of different widths, one after the other.
+template <class T>
+void step_any_tiles(const Step& args, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end) {
+  Cursor<T> head(args, v_begin, v_end);
+  for (int64_t i = begin; i < end; ++i) {
+    head.begin(i);
+    for (int64_t c = v_begin; c < v_end; c += STEP_VECS * LANES) {
+      const int64_t width = smaller(v_end - c, STEP_VECS * LANES), vecs = ceil_div(width, LANES);
+      step_tile_of<STEP_VECS>(vecs, head.tile(c), head.read_k(), head.z + c, head.o + c, width - (vecs - 1) * LANES);
+    }
+    head.end();
+  }
 }
 
 template <class T>
-void step_columns(const Step& args, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end) {
-  const int64_t HV = args.heads.HV, K = args.heads.K, V = args.heads.V;
-  Token token;
-  load_token<T>(token, args, n, hv / (HV / args.heads.H));
-
-  alignas(64) float z[MAX_HEAD], o[MAX_HEAD];
-  const T* v = row<T>(args.v, n, 0, hv * V);
-  const T* w = row<T>(args.w, n, 0, hv * V);
-  for (int64_t c = v_begin; c < v_end; c += LANES) {
-    store(z + c, load(v + c, v_end - c) * load(w + c, v_end - c), v_end - c);
-  }
-
-  const int64_t slot = args.slots == nullptr  ? n
-                       : args.slot_bytes == 4 ? static_cast<const int32_t*>(args.slots)[n]
-                                              : static_cast<const int64_t*>(args.slots)[n];
-  const int64_t at_state = (slot * HV + hv) * K * V;
-  for (int64_t c = v_begin; c < v_end; c += STEP_VECS * LANES) {
-    const int64_t width = smaller(v_end - c, STEP_VECS * LANES), vecs = ceil_div(width, LANES);
-    const Columns at = {args.state_in + at_state + c, args.state_out + at_state + c, z + c, o + c, K, V};
-    step_tile_of<STEP_VECS>(vecs, token, at, width - (vecs - 1) * LANES);
-  }
-  T* out = static_cast<T*>(args.o) + (n * HV + hv) * V;
-  for (int64_t c = v_begin; c < v_end; c += LANES) store(out + c, load(o + c, v_end - c), v_end - c);
+void step_columns(const Step& args, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end) {
+  const int64_t columns = v_end - v_begin, bytes = (end - begin) * args.heads.K * columns * 4;
+  const bool wide = columns % (STEP_VECS * LANES) == 0, narrow = columns % (STEP_VECS / 2 * LANES) == 0;
+  if (wide && bytes > CACHE) return step_equal_tiles<T, STEP_VECS>(args, begin, end, v_begin, v_end);
+  if (narrow) return step_equal_tiles<T, STEP_VECS / 2>(args, begin, end, v_begin, v_end);
+  step_any_tiles<T>(args, begin, end, v_begin, v_end);
 }
 
 }  // namespace
 
-void step(const Step& args, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end) {
+void step(const Step& args, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end) {
   switch (args.type) {
-    case Type::f32: return step_columns<float>(args, n, hv, v_begin, v_end);
-    case Type::bf16: return step_columns<BFloat16>(args, n, hv, v_begin, v_end);
-    case Type::f16: return step_columns<Float16>(args, n, hv, v_begin, v_end);
+    case Type::f32: return step_columns<float>(args, begin, end, v_begin, v_end);
+    case Type::bf16: return step_columns<BFloat16>(args, begin, end, v_begin, v_end);
+    case Type::f16: return step_columns<Float16>(args, begin, end, v_begin, v_end);
   }
 }
 
