@@ -1,6 +1,7 @@
 // The C++ core called by a C++ program: what the kernels take when no framework stands before them.
 //
-//   step(call)    one token for each state, in place        chunk(call)    whole sequences from a state, the final one in place
+//   step(call)      one token for each state, in place        chunk(call)    whole sequences from a state, the final one in place
+//   backward(call)  the gradients of chunk from that of o, into the same memory every time
 //
 // The threads are OpenMP's, each with the same run of consecutive tasks on every call.
 #include "core.h"
@@ -13,6 +14,8 @@ struct Call {
   int64_t N, T, H, K, V, threads;
   const float *q, *k, *v, *g, *b, *w;
   float *state, *o;
+  const float* d_o;
+  float *dq, *dk, *dv, *dg, *db, *dw, *dstate;
 };
 
 namespace {
@@ -37,11 +40,18 @@ extern "C" void step(const Call* x) {
              pool(*x));
 }
 
-extern "C" void chunk(const Call* x) {
+static Sequences sequences(const Call* x) {
   const auto view = [x](const float* data, int64_t row) { return View{data, x->T * row, row}; };
   const int64_t keys = x->H * x->K, values = x->H * x->V;
-  gdn2::chunk({{{x->H, x->H, x->K, x->V}, x->N, x->T, nullptr, Type::f32, scale(*x), view(x->q, keys), view(x->k, keys),
-                view(x->v, values), view(x->g, keys), view(x->b, keys), view(x->w, values), x->state},
-               x->o, x->state},
-              pool(*x));
+  return {{x->H, x->H, x->K, x->V}, x->N, x->T, nullptr, Type::f32, scale(*x), view(x->q, keys), view(x->k, keys),
+          view(x->v, values), view(x->g, keys), view(x->b, keys), view(x->w, values), x->state};
+}
+
+extern "C" void chunk(const Call* x) { gdn2::chunk({sequences(x), x->o, x->state}, pool(*x)); }
+
+extern "C" void backward(const Call* x) {
+  const int64_t values = x->H * x->V;
+  gdn2::chunk_backward({sequences(x), {x->d_o, x->T * values, values}, nullptr, x->dq, x->dk, x->dv, x->dg, x->db, x->dw,
+                        x->dstate},
+                       pool(*x));
 }

@@ -14,10 +14,11 @@ from benchmarks.problems import NAMES, Inputs, Problem
 SOURCE = Path(__file__).with_name("core.cpp")
 ROOT = SOURCE.parent.parent
 SIZES = ("N", "T", "H", "K", "V", "threads")
+POINTERS = (*NAMES, "o", "do", *(f"d{name}" for name in NAMES))
 
 
 class _Call(ctypes.Structure):
-    _fields_ = (*((x, ctypes.c_int64) for x in SIZES), *((x, ctypes.c_void_p) for x in (*NAMES, "o")))
+    _fields_ = (*((x, ctypes.c_int64) for x in SIZES), *((x, ctypes.c_void_p) for x in POINTERS))
 
 
 def _archive() -> Path | None:
@@ -27,11 +28,11 @@ def _archive() -> Path | None:
 
 
 class Core:
-    """A step overwrites its state; a chunk reads it and writes the final one over it."""
+    """A step overwrites its state, a chunk writes the final one over it, gradients go where the last ones went."""
 
     name = "gdn2_ops, C++ core"
     gates = "GDN-2"
-    ops = ("step", "chunk")
+    ops = ("step", "chunk", "backward")
 
     @staticmethod
     def missing() -> str | None:
@@ -44,7 +45,12 @@ class Core:
             native.load(SOURCE, include=[ROOT / "custom_ops/native"], archives=[archive]), problem.op
         )
         *rows, state = (t.contiguous() for t in x.tensors())
-        self.memory = (*rows, state.clone(), torch.empty_like(x.v))
+        self.results: tuple[Tensor, ...] = (torch.empty_like(x.v), state.clone())  # o, state
+        self.memory = (*rows, self.results[1], self.results[0])
+        if problem.op == "backward":
+            assert x.do is not None
+            self.results = tuple(torch.empty_like(t) for t in (*rows, state))
+            self.memory += (x.do.contiguous(), *self.results)
         sizes = (problem.N, problem.T, problem.H, problem.K, problem.V, threads)
         self.call = _Call(*sizes, *(t.data_ptr() for t in self.memory))
         self.pointer = ctypes.byref(self.call)
@@ -54,5 +60,4 @@ class Core:
 
     def result(self) -> tuple[Tensor, ...]:
         self()
-        *_, state, o = self.memory
-        return o.clone(), state.clone()
+        return tuple(t.clone() for t in self.results)

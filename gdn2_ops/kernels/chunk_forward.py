@@ -1,14 +1,14 @@
 """Whole sequences in two kernels: everything about a chunk that needs no state, then the walk over the chunks.
 
-With E = gamma*b*k, Z = w*v, T, Aqk and A = (I + T)^-1 of docs/derivation.md (3)-(8), a chunk takes the state S to
+With E = gamma*b*k, Z = w*v, T, Aqk and A = (I + T)^-1 of docs/derivation.md (3)-(8), a chunk takes the state S by (16)
+to
 
-    X = Z - E S          O = Qd S + Ax X         S' = Diag(decay) S + Kx^T X                                     (8a)
+    X = Z - E S          O = Qd S + Ax X         S' = Diag(decay) S + Kx^T X
     Qd = scale gamma*q   Ax = Aqk A              Kx = A^T (tail*k)             decay = gamma of the last token
 
 `prepare`: one program per (slot, key head), in parallel over all chunks. q, k, g, b -> E, Qd, Kx, Ax, decay, and A.
 `recur`:   one program per (sequence, segment, value head, BV value channels), serial over chunks, S in registers.
-           With BACKWARD it writes what the backward pass needs, S before each GROUP of chunks and R = A X, instead
-           of o.
+           With BACKWARD it writes what the backward pass needs, S before each group of chunks and R = A X, not o.
 
 Letters: C = 64 tokens of a chunk, P = 4 blocks of R = 16 tokens in it; K V the compiled head sizes (tiles.py) and
 key_size, value_size those of the call, smaller where MASKED; BK, BV channels of a slice of keys, of a tile of values.
@@ -40,7 +40,7 @@ from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, bounds, carried, min
 from gdn2_ops.kernels.products import applied, loaded_product
 from gdn2_ops.kernels.segments import CHAIN, SUMMARISE, starts
 
-GROUP = tl.constexpr(3)  # chunks that share a kept state in the backward pass: docs/decisions/0008
+GROUP = tl.constexpr(3)  # chunks that share a kept state in the backward pass; gradients.py carries it over two
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "segments", "length", "key_size", "value_size"])
