@@ -150,7 +150,10 @@ SPILLS = {
 
 def test_no_kernel_spills(rows):
     assert len(rows) == 3 * (2 + 1 + 1)  # of each dtype: gradients with and without masks, recur_back either way
-    known = SPILLS[".".join(triton.__version__.split(".")[:2])]
+    version = ".".join(triton.__version__.split(".")[:2])
+    if version not in SPILLS:
+        pytest.skip(f"what spills is known for Triton {', '.join(SPILLS)}, this is {triton.__version__}")
+    known = SPILLS[version]
     for row in rows:
         of_gradients = known.get((row["dtype"], row["options"]["MASKED"]), 0)
         assert row["stack"] <= (of_gradients if row["kernel"] == "gradients" else 0), row

@@ -1,5 +1,5 @@
-// Chooses the instruction set and cuts each operator into tasks: one for each sequence and head, and, when these are too few
-// for the threads, several for the columns of a value head, which are independent of each other.
+// Chooses the instruction set and cuts each operator into tasks: one for each sequence and head, for a step one for each
+// thread, and, when heads are too few for the threads, several for the columns of a value head, which are independent.
 #include "core.h"
 
 #include <atomic>

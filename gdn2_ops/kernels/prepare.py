@@ -255,8 +255,9 @@ def prepare_kernel(
             tl.debug_barrier()
             tl.store(kx_ptr + at_CK, kx_CK)
     else:
-        if keep_a:
-            tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=block_C1 >= block_1C)
+        if a_ptr is not None:  # noqa: SIM102, absence is known when compiling; in a cubin it is there, null unless keep_a
+            if keep_a:
+                tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=block_C1 >= block_1C)
         ax_CC = product(aqk_CC, a_CC, tl.zeros([C, C], tl.float32), operand)
         tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC.to(operand), mask=block_C1 >= block_1C)
         kx_CK = product(tl.trans(a_CC), tl.reshape(kt_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
