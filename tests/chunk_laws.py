@@ -34,10 +34,12 @@ def _sizes(case: Case, x: Inputs, want: list[torch.Tensor]) -> list[float]:
     found = gradient_sizes(want, x)[2:]
     if case.name == FORGETS:  # a rounding of g = -30 is 30 of what it decays, and the least number of float16 is 6e-8
         found[STATE] = max(30 * found[STATE], torch.finfo(x.q.dtype).tiny)
-    if case.erase == "two":  # (I + T)^-1 as a factor keeps less than substitution
-        half, equal = x.q.dtype != torch.float32, case.keys == "equal"
-        roundings = 2 if half else 16 if case.name == NEUTRAL else 4 if equal else 1
-        found = [roundings * size for size in found]
+    half = x.q.dtype != torch.float32
+    if case.name == NEUTRAL or (half and case.keys == "equal" and case.erase == "two"):
+        found = [(2 if half else 16) * size for size in found]  # (I + T)^-1 as a factor keeps less than substitution
+    elif case.erase == "two":
+        roundings = 2 if half else 4 if case.keys == "equal" else 1
+        found[STATE:] = [roundings * size for size in found[STATE:]]  # a case may have no state
     return found
 
 

@@ -21,18 +21,13 @@ class Ahead {
     i_token_ = byte_ = lines_ = each_call_ = 0;
   }
 
-  // `bytes` of each token, `stride` bytes from the one before; at most MOST of these.
-  void add(const void* first, int64_t stride, int64_t bytes) {
-    rows_[count_++] = {static_cast<const char*>(first), stride, bytes};
-    lines_ += tokens_ * ceil_div(bytes, LINE);
-    each_call_ = ceil_div(lines_, calls_);
-  }
-
-  // `channels` of a tensor's rows, from the one at `at` of a token.
+  // `channels` of a tensor's rows, from the one at `at` of a token; at most MOST of these.
   template <class T>
   void add_rows(const View& x, int64_t batch, int64_t token, int64_t at, int64_t channels) {
-    const int64_t size = sizeof(T);
-    add(row<T>(x, batch, token, at), x.token * size, channels * size);
+    const int64_t size = sizeof(T), bytes = channels * size;
+    rows_[count_++] = {reinterpret_cast<const char*>(row<T>(x, batch, token, at)), x.token * size, bytes};
+    lines_ += tokens_ * ceil_div(bytes, LINE);
+    each_call_ = ceil_div(lines_, calls_);
   }
 
   void fetch() {

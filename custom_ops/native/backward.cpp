@@ -95,7 +95,8 @@ void forward_chunk(const Task& task, const Lane& lane, int64_t i_chunk, int64_t 
   const Left minus_erase = {task.keys.read_erase[CHUNK], ROW, 1}, write_t = {task.keys.write_CK[0], 1, ROW};
   product<Start::add>(task.ahead, CHUNK, N, task.K_padded, minus_erase, state, N, solved, nullptr, solved, N);
   solve_lower(task.scores[at_segment].t_CC, solved, N);
-  product<Start::scaled>(task.ahead, task.K_padded, N, CHUNK, write_t, solved, N, state, task.keys.decay_K, state + task.K_padded * N, N);
+  product<Start::scaled>(task.ahead, task.K_padded, N, CHUNK, write_t, solved, N, state, task.keys.decay_K,
+                         state + task.K_padded * N, N);
 }
 
 // Gradients of v and w of the chunk, the lane's partial, and d_state carried from after the chunk to before it.
@@ -136,7 +137,8 @@ void backward_chunk_lane(const Task& task, const Lane& lane, int64_t i_chunk, in
   transpose(2 * CHUNK, N, p, N, task.work.rows_t, 2 * CHUNK);
   transpose(CHUNK, N, solved, N, task.work.solved_t, CHUNK);
   const float *rows_t = task.work.rows_t, *solved_t = task.work.solved_t;
-  product<Start::zero>(task.ahead, K, 2 * CHUNK, N, {state, N, 1}, rows_t, 2 * CHUNK, nullptr, nullptr, out.d_read_erase, 2 * CHUNK);
+  product<Start::zero>(task.ahead, K, 2 * CHUNK, N, {state, N, 1}, rows_t, 2 * CHUNK,
+                       nullptr, nullptr, out.d_read_erase, 2 * CHUNK);
   product<Start::zero>(task.ahead, K, CHUNK, N, {lane.d_state, N, 1}, solved_t, CHUNK, nullptr, nullptr, out.d_write, CHUNK);
   product<Start::zero>(task.ahead, 2 * CHUNK, CHUNK, N, {p, N, 1}, solved_t, CHUNK, nullptr, nullptr, out.d_scores, CHUNK);
   for (int64_t d = 0; d < K; ++d) {

@@ -50,10 +50,9 @@ int64_t splits(int64_t items, int64_t units, const ThreadPool& pool) {
   return best_splits;
 }
 
-// body(item, begin, end) over all items and parts of [0, units).
+// body(item, begin, end) over all items and s parts of [0, units).
 template <class Body>
-void parallel_parts(const ThreadPool& pool, int64_t items, int64_t units, Body body) {
-  const int64_t s = splits(items, units, pool);
+void parallel_parts(const ThreadPool& pool, int64_t items, int64_t units, int64_t s, Body body) {
   auto task = [=](int64_t i) { body(i / s, units * (i % s) / s, units * (i % s + 1) / s); };
   parallel(pool, items * s, task);
 }
@@ -72,7 +71,7 @@ void backward_in_two_rounds(const ChunkBackward& args, const ThreadPool& pool) {
   at_chunk[0] = 0;
   for (int64_t i = 0; i < items; ++i) at_chunk[i + 1] = at_chunk[i] + ceil_div(span(args.in, i / heads.H).length, CHUNK);
 
-  parallel_parts(pool, items, lanes, [&](int64_t i, int64_t begin, int64_t end) {
+  parallel_parts(pool, items, lanes, splits(items, lanes, pool), [&](int64_t i, int64_t begin, int64_t end) {
     kernels().backward_lanes(args, i / heads.H, i % heads.H, begin, end, partials + at_chunk[i] * chunk_floats);
   });
   auto finish = [&](int64_t task) {
@@ -107,21 +106,22 @@ bool set_isa(Isa isa) {
 // A thread has consecutive value heads, which the kernel takes together.
 void step(const Step& args, const ThreadPool& pool) {
   const int64_t items = args.N * args.heads.HV, V = args.heads.V, units = ceil_div(V, COLUMNS);
+  const int64_t parts = splits(items, units, pool);
   const auto run = kernels().step;
-  if (splits(items, units, pool) == 1) {
+  if (parts == 1) {
     const int64_t tasks = smaller(items, pool.run == nullptr || pool.threads < 1 ? 1 : pool.threads);
     auto task = [&args, run, items, tasks, V](int64_t i) { run(args, items * i / tasks, items * (i + 1) / tasks, 0, V); };
     return parallel(pool, tasks, task);
   }
-  parallel_parts(pool, items, units, [&args, run, V](int64_t i, int64_t begin, int64_t end) {
+  parallel_parts(pool, items, units, parts, [&args, run, V](int64_t i, int64_t begin, int64_t end) {
     run(args, i, i + 1, begin * COLUMNS, smaller(end * COLUMNS, V));
   });
 }
 
 void chunk(const Chunk& args, const ThreadPool& pool) {
-  const int64_t HV = args.in.heads.HV, V = args.in.heads.V;
+  const int64_t HV = args.in.heads.HV, V = args.in.heads.V, items = args.in.N * HV, units = ceil_div(V, COLUMNS);
   const auto run = kernels().chunk;
-  parallel_parts(pool, args.in.N * HV, ceil_div(V, COLUMNS), [&args, run, HV, V](int64_t i, int64_t begin, int64_t end) {
+  parallel_parts(pool, items, units, splits(items, units, pool), [&args, run, HV, V](int64_t i, int64_t begin, int64_t end) {
     run(args, i / HV, i % HV, begin * COLUMNS, smaller(end * COLUMNS, V));
   });
 }
