@@ -11,8 +11,9 @@ namespace gdn2 {
 namespace GDN2_ISA {
 namespace {
 
-constexpr int64_t CACHE = 3 << 19;  // bytes: in a second-level cache half a tile is faster, from memory whole rows are
 constexpr int64_t ROWS_AHEAD = 8;  // of the tile that is summed: far enough to come from memory in time
+constexpr int LINE = 64 / 4;       // floats
+constexpr int FAR_VECS = 128 / LANES;
 
 struct Token {
   alignas(64) float a[MAX_HEAD];
@@ -22,11 +23,12 @@ struct Token {
   float read_k;                       // scale*(q.k)
 };
 
-// Columns of one state, V its row stride.
+// Columns of one state, V its row stride. With each row that is summed comes the one of `fetched` into the caches.
 struct Tile {
   const Token* token;
   const float* in;
   float* out;
+  const float* fetched;
   int64_t K, V;
 };
 
@@ -70,9 +72,8 @@ GDN2_INLINE void walk(const Tile& done, const Vecs<NV>& u_done, const Tile& next
   };
   const Tile& either = REDUCE ? next : done;
   const int64_t K = either.K, V = either.V;
-  const bool fetch = REDUCE && next.in != next.out;
   Vec r[NV], p[NV], u[NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int c = 0; c < NV; ++c) {
     r[c] = p[c] = set(0.0f);
     if (UPDATE) u[c] = u_done.x[c];
@@ -82,11 +83,10 @@ GDN2_INLINE void walk(const Tile& done, const Vecs<NV>& u_done, const Tile& next
     Vec a, k, erase, read;
     if (UPDATE) a = set(done.token->a[back]), k = set(done.token->k[back]);
     if (REDUCE) erase = set(next.token->erase[d]), read = set(next.token->read[d]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int c = 0; c < NV; ++c) {
       if (REDUCE) {
-        if (fetch) __builtin_prefetch(next.out + d * V + c * LANES, 1, 2);
-        else __builtin_prefetch(next.in + (d + ROWS_AHEAD) * V + c * LANES, 1, 3);
+        if (c * LANES % LINE == 0) __builtin_prefetch(next.fetched + d * V + c * LANES, 1, 3);
         const Vec s = once(get(next.in + d * V, c));
         r[c] = fma(erase, s, r[c]);
         p[c] = fma(read, s, p[c]);
@@ -94,7 +94,7 @@ GDN2_INLINE void walk(const Tile& done, const Vecs<NV>& u_done, const Tile& next
       if (UPDATE) put(done.out + back * V, c, fma(k, u[c], a * get(done.in + back * V, c)));
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int c = 0; REDUCE && c < NV; ++c) {
     r_next.x[c] = r[c];
     p_next.x[c] = p[c];
@@ -143,7 +143,10 @@ class Cursor {
   }
 
   Tile tile(int64_t c) const {
-    return {&tokens_[at_], args_.state_in + at_state_ + c, args_.state_out + at_state_ + c, args_.heads.K, args_.heads.V};
+    const int64_t K = args_.heads.K, V = args_.heads.V;
+    const float* const in = args_.state_in + at_state_ + c;
+    float* const out = args_.state_out + at_state_ + c;
+    return {&tokens_[at_], in, out, in == out ? in + ROWS_AHEAD * V : out, K, V};
   }
 
   float read_k() const { return tokens_[at_].read_k; }
@@ -214,10 +217,12 @@ void step_any_tiles(const Step& args, int64_t begin, int64_t end, int64_t v_begi
 
 template <class T>
 void step_columns(const Step& args, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end) {
-  const int64_t columns = v_end - v_begin, bytes = (end - begin) * args.heads.K * columns * 4;
-  const bool wide = columns % (STEP_VECS * LANES) == 0, narrow = columns % (STEP_VECS / 2 * LANES) == 0;
-  if (wide && bytes > CACHE) return step_equal_tiles<T, STEP_VECS>(args, begin, end, v_begin, v_end);
-  if (narrow) return step_equal_tiles<T, STEP_VECS / 2>(args, begin, end, v_begin, v_end);
+  const int64_t columns = v_end - v_begin;
+  const bool far = (end - begin) * args.heads.K * columns * 4 > STEP_FAR;
+  const auto whole = [columns](int vecs) { return columns % (vecs * LANES) == 0; };
+  if (far && whole(FAR_VECS)) return step_equal_tiles<T, FAR_VECS>(args, begin, end, v_begin, v_end);
+  if (whole(STEP_VECS)) return step_equal_tiles<T, STEP_VECS>(args, begin, end, v_begin, v_end);
+  if (whole(STEP_VECS / 2)) return step_equal_tiles<T, STEP_VECS / 2>(args, begin, end, v_begin, v_end);
   step_any_tiles<T>(args, begin, end, v_begin, v_end);
 }
 
