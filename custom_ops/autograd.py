@@ -28,8 +28,11 @@ def call(op, *args):
         or torch._C._are_functorch_transforms_active()
     ):
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    if torch.is_inference_mode_enabled():  # the dispatcher leaves autograd out by itself
         result = op(*args)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            result = op(*args)
     if op is _STEP_INPLACE:
         _mark_as_written(args[_STATE])
     return result

@@ -2,9 +2,10 @@
 //
 //   r = S^T (a*b*k)     p = S^T (a*q)     u = z - r     o = scale * (p + (q.k) u)     S = a*S + k u^T
 //
-// A state is walked in tiles of V (STEP_VECS vectors of columns), each twice: for r and p, and for the update. The update of
-// one tile and the sums of the next go row by row together, so that arithmetic and memory are busy at the same time, and
-// the update walks back: the rows that were read last are still in the first-level cache.
+// A state is walked in tiles of V, each twice: for r and p, and for the update. The update of one tile and the sums of the
+// next go row by row together, so that arithmetic and memory are busy at the same time, and the update walks back: the rows
+// that were read last are still in the first-level cache. A tile is STEP_VECS vectors wide, whose sums fit the registers;
+// where states come from far it is a whole row of 128 columns, because memory is fastest in its own order.
 #include "simd.h"
 
 namespace gdn2 {
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t ROWS_AHEAD = 8;  // of the tile that is summed: far enough to come from memory in time
 constexpr int LINE = 64 / 4;       // floats
-constexpr int FAR_VECS = 128 / LANES;
+constexpr int FAR_VECS = 128 / LANES;  // of a tile where states are more than STEP_FAR
 
 struct Token {
   alignas(64) float a[MAX_HEAD];

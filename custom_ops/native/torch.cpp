@@ -176,11 +176,22 @@ struct Sequences {
   }
 };
 
-Tensor like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
-
-Tensor new_state(const Inputs& in, int64_t states) {
-  return torch::stable::new_empty(in.g, in.state_shape(states), ScalarType::Float);
+// A contiguous tensor with the dtype of x. torch::stable::new_empty looks its operator up by name, which takes 2 us.
+Tensor new_tensor(const Tensor& x, Sizes shape) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
+  int32_t dtype = 0;
+  AtenTensorHandle created = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.size(), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &created));
+  return Tensor(created);
 }
+
+Tensor like(const Tensor& x) { return new_tensor(x, x.sizes()); }
+
+Tensor new_state(const Inputs& in, int64_t states) { return new_tensor(in.g, in.state_shape(states)); }
 
 std::tuple<Tensor, Tensor> chunk(const Tensor q, const Tensor k, const Tensor v, const Tensor g, const Tensor b,
                                  const Tensor w, const std::optional<Tensor> state,
