@@ -233,3 +233,12 @@ def test_step_inplace_in_inference_mode():
         want_o, want_state = gdn2_ops.step(*six, state, scale=scale)
         assert torch.equal(gdn2_ops.step_inplace(*six, state, scale=scale), want_o)
         assert torch.equal(state, want_state)
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_state_stepped_in_inference_mode_counts_as_written(recording):
+    *six, state, _, scale = arguments("step_inplace", torch.float32)
+    version = state._version
+    with torch.inference_mode(), torch.set_grad_enabled(recording):
+        gdn2_ops.step_inplace(*six, state, scale=scale)
+    assert state._version == version + 1

@@ -28,7 +28,7 @@ struct Float16 { uint16_t bits; };
 constexpr int LANES = 16;
 constexpr int CHUNK_VECS = 2;    // 8 sums and 4 values for each, of 32 registers
 constexpr int STEP_VECS = 4;     // 2 sums for each
-constexpr int64_t STEP_FAR = 3 << 19;  // bytes of the states of a call: beyond, whole rows are faster
+constexpr int64_t STEP_FAR = 3 << 19;  // bytes of states that one thread walks: beyond, rows of 128 columns are faster
 constexpr int PRODUCT_ROWS = 8;  // rows x 2 vectors of sums in a matrix product
 
 struct Vec { __m512 x; };

@@ -5,7 +5,7 @@
 // A state is walked in tiles of V, each twice: for r and p, and for the update. The update of one tile and the sums of the
 // next go row by row together, so that arithmetic and memory are busy at the same time, and the update walks back: the rows
 // that were read last are still in the first-level cache. A tile is STEP_VECS vectors wide, whose sums fit the registers;
-// where states come from far it is a whole row of 128 columns, because memory is fastest in its own order.
+// where states come from far it has 128 columns, a row of most models, because memory is fastest in its own order.
 #include "simd.h"
 
 namespace gdn2 {

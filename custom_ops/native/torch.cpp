@@ -176,16 +176,12 @@ struct Sequences {
   }
 };
 
-// A contiguous tensor with the dtype of x. torch::stable::new_empty looks its operator up by name, which takes 2 us.
+// A contiguous tensor with the dtype of x. torch::stable::new_empty would look its operator up by name at every call.
 Tensor new_tensor(const Tensor& x, Sizes shape) {
-  std::array<int64_t, 4> strides;
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
-  int32_t dtype = 0;
   AtenTensorHandle created = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      shape.size(), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &created));
+  const int64_t rank = static_cast<int64_t>(shape.size());
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(x.get(), shape.data(), rank, nullptr, nullptr, nullptr, 0, nullptr, &created));
   return Tensor(created);
 }
 
