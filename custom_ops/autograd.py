@@ -21,11 +21,7 @@ _STEP_INPLACE, _STATE = torch.ops.gdn2.step_inplace.default, 6
 
 def call(op, *args):
     """The operator; where nothing is recorded or transformed, without its dispatcher's detour through Python (5 us)."""
-    if (
-        forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*args)
     if torch.is_inference_mode_enabled():  # the dispatcher leaves autograd out by itself
         result = op(*args)
