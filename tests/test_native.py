@@ -45,7 +45,7 @@ def test_every_head_size(isa, K, V):
 
 @pytest.mark.parametrize("K, V", [(128, 128), (128, 256), (128, 64), (128, 208), (20, 24)])
 def test_the_heads_that_a_thread_walks_together_change_nothing(isa, K, V):
-    """Bit for bit: many states, 128 columns at a time where V is 128 or 256, and each alone, in tiles; in place and not."""
+    """Bit for bit: many states, 128 columns at a time where V allows it, and each alone; in place and not."""
     case = Case("many states", 1, B=50, H=1, HV=2, K=K, V=V)  # 128 x 128: 6.6 MB
     *rows, state = inputs(case, torch.float32)
     rows = [x[:, 0] for x in rows]
