@@ -11,7 +11,6 @@ namespace GDN2_ISA {
 class Ahead {
  public:
   static constexpr int MOST = 13;
-  static constexpr int64_t LINE = 64;
 
   // Begins anew: rows of `tokens` consecutive tokens, all of them within `calls` calls of fetch().
   void begin(int64_t tokens, int64_t calls) {
@@ -26,7 +25,7 @@ class Ahead {
   void add_rows(const View& x, int64_t batch, int64_t token, int64_t at, int64_t channels) {
     const int64_t size = sizeof(T), bytes = channels * size;
     rows_[count_++] = {reinterpret_cast<const char*>(row<T>(x, batch, token, at)), x.token * size, bytes};
-    lines_ += tokens_ * ceil_div(bytes, LINE);
+    lines_ += tokens_ * ceil_div(bytes, CACHE_LINE);
     each_call_ = ceil_div(lines_, calls_);
   }
 
@@ -34,8 +33,8 @@ class Ahead {
     for (int64_t left = each_call_; left > 0 && i_token_ < tokens_;) {
       const Rows& x = rows_[i_row_];
       const char* const data = x.data + i_token_ * x.stride;
-      const int64_t end = smaller(x.bytes, byte_ + left * LINE);
-      for (; byte_ < end; byte_ += LINE, --left) __builtin_prefetch(data + byte_, 0, 2);
+      const int64_t end = smaller(x.bytes, byte_ + left * CACHE_LINE);
+      for (; byte_ < end; byte_ += CACHE_LINE, --left) __builtin_prefetch(data + byte_, 0, 2);
       if (byte_ < x.bytes) return;
       byte_ = 0;
       if (++i_row_ < count_) continue;

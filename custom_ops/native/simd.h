@@ -20,6 +20,8 @@
 namespace gdn2 {
 namespace GDN2_ISA {
 
+constexpr int64_t CACHE_LINE = 64;  // bytes
+
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 

@@ -12,8 +12,7 @@ namespace gdn2 {
 namespace GDN2_ISA {
 namespace {
 
-constexpr int64_t ROWS_AHEAD = 8;  // of the tile that is summed: far enough to come from memory in time
-constexpr int LINE = 64 / 4;       // floats
+constexpr int64_t ROWS_AHEAD = 8;      // of the tile that is summed: far enough to come from memory in time
 constexpr int FAR_VECS = 128 / LANES;  // of a tile where states are more than STEP_FAR
 
 struct Token {
@@ -87,7 +86,7 @@ GDN2_INLINE void walk(const Tile& done, const Vecs<NV>& u_done, const Tile& next
 #pragma GCC unroll 16
     for (int c = 0; c < NV; ++c) {
       if (REDUCE) {
-        if (c * LANES % LINE == 0) __builtin_prefetch(next.fetched + d * V + c * LANES, 1, 3);
+        if (c * LANES * 4 % CACHE_LINE == 0) __builtin_prefetch(next.fetched + d * V + c * LANES, 1, 3);
         const Vec s = once(get(next.in + d * V, c));
         r[c] = fma(erase, s, r[c]);
         p[c] = fma(read, s, p[c]);
