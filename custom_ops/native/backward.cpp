@@ -137,7 +137,7 @@ void backward_chunk_lane(const Task& task, const Lane& lane, int64_t i_chunk, in
   transpose(2 * CHUNK, N, p, N, task.work.rows_t, 2 * CHUNK);
   transpose(CHUNK, N, solved, N, task.work.solved_t, CHUNK);
   const float *rows_t = task.work.rows_t, *solved_t = task.work.solved_t;
-  product<Start::zero>(task.ahead, K, 2 * CHUNK, N, {state, N, 1}, rows_t, 2 * CHUNK,
+  product<Start::zero>(task.ahead, K, 2 * CHUNK, N, {state, N, 1, true}, rows_t, 2 * CHUNK,
                        nullptr, nullptr, out.d_read_erase, 2 * CHUNK);
   product<Start::zero>(task.ahead, K, CHUNK, N, {lane.d_state, N, 1}, solved_t, CHUNK, nullptr, nullptr, out.d_write, CHUNK);
   product<Start::zero>(task.ahead, 2 * CHUNK, CHUNK, N, {p, N, 1}, solved_t, CHUNK, nullptr, nullptr, out.d_scores, CHUNK);

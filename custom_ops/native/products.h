@@ -8,10 +8,12 @@
 namespace gdn2 {
 namespace GDN2_ISA {
 
-// The left factor of a product, read one number at a time: element (m, i) at data[m * row + i * column].
+// The left factor of a product, read one number at a time: element (m, i) at data[m * row + i * column]. A far one lies
+// dense in memory rather than in a cache: the rows of the next block are fetched line by line during this one.
 struct Left {
   const float* data;
   int64_t row, column;
+  bool far = false;
 };
 
 enum class Start { zero, add, scaled };  // what the sums begin with: 0, start, or Diag(scale) start
@@ -35,6 +37,7 @@ GDN2_INLINE void product_panel(Ahead& ahead, int64_t M, int64_t inner, Left a, c
     for (int64_t x = 0; x < inner; ++x, a_m += a.column, b_i += ld_b) {
       Vec b_c[NV];
       for (int c = 0; c < NV; ++c) b_c[c] = load(b_i + c * LANES);
+      if (a.far && x * MR * 4 % CACHE_LINE == 0) __builtin_prefetch(a.data + (m + MR) * a.row + x * MR, 0, 3);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
         const Vec a_i = set(a_m[i * a.row]);
