@@ -102,7 +102,7 @@ sanitize: $(STAMP)  ## operator tests and fuzzer under the address, undefined-be
 train: $(STAMP)  ## examples/models/tiny again, from the standard library's source (16 minutes on 2 cores)
 	$(BIN)/python examples/train_tiny.py
 
-recall: $(STAMP)  ## what eight rules remember of pairs and of needles in text, into docs/recall.md (40 minutes on 2 quiet cores, goes on where it stopped)
+recall: $(STAMP)  ## what eight rules remember of pairs and of needles in text, into docs/recall.md (20 to 40 minutes on 2 quiet cores, goes on where it stopped)
 	$(BIN)/python -m examples.recall $(ARGS)
 
 bench-cpu: $(STAMP)  ## this library, its peers and the floors of this machine in one interleaved run (3 minutes, quiet machine)
