@@ -14,13 +14,17 @@ Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.Arg
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 0, 1 when results disagree, 2 when the input is at fault."""
+    """Runs one command. Returns the exit status: 0, 1 when results disagree or numbers run away, 2 when the input
+    is at fault."""
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
     except (ValueError, TypeError, FileNotFoundError, ImportError, NotImplementedError) as error:
         print(f"gdn2: error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"gdn2: error: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

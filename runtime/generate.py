@@ -2,7 +2,8 @@
 
 A backend is anything called as `logits, state = backend(tokens, state)`: tokens [B, T] int64 and the state before them
 (None at the beginning) to logits [B, T, vocab] float32 and the state after them, in numpy. The state is the backend's
-own; a backend with `state_norms(state)` -> [B, states] float32 says how large it is. Tokens are bytes.
+own; a backend with `state_norms(state)` -> [B, states] float32 says how large it is, and of one without, such as a
+TensorRT plan whose state stays on the GPU, the logits alone are looked at. Tokens are bytes.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_model import SMALL, small
 
-from gdn2_ops import cli, corpus, demo
+from gdn2_ops import cli, commands, corpus, demo
 from gdn2_ops.backends import TorchBackend
 from gdn2_ops.model import GDN2LM
 from gdn2_ops.runtime.generate import bits_per_byte
@@ -32,6 +33,18 @@ def test_export_then_generate_the_same_bytes_from_all(folder, tmp_path, capfdbin
         assert cli.main(["generate", *model, "--prompt", "import ", "--count", "40"]) == 0
         written.append(capfdbinary.readouterr().out)
     assert written[0] == written[1] == written[2] and len(written[0]) == 41
+
+
+def test_generate_says_when_numbers_run_away(folder, monkeypatch, capfdbinary):
+    def backend(tokens, state):
+        logits = np.zeros((*tokens.shape, 256), np.float32)
+        logits[..., ord("x")] = 1 if (state or 0) < 2 else np.nan
+        return logits, (state or 0) + 1
+
+    monkeypatch.setattr(commands, "_backend", lambda *_: backend)
+    assert cli.main(["generate", str(folder), "--prompt", "a", "--count", "9"]) == 1
+    captured = capfdbinary.readouterr()
+    assert captured.out == b"xx" and b"gdn2: error: expected finite logits, got NaN or infinity" in captured.err
 
 
 def test_info_lists_versions_and_operators(capsys):
