@@ -201,7 +201,7 @@ peers-fla: | $(STAMP)  ## fla-core, a peer of kernels-report and gpu-bench, into
 gpu-wheels: $(STAMP)  ## what gpu-check and gpu-bench need besides torch, triton and pytest, into dist/gpu (EXTRA: more wheels)
 	rm -rf dist/gpu
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist/gpu .
-	$(BIN)/python -m pip download -q --no-deps -d dist/gpu $(FLA) einops $(EXTRA)
+	$(BIN)/python -m pip download -q --no-deps -d dist/gpu $(FLA) einops safetensors $(EXTRA)
 
 GPU := build/gpu-site
 ON_GPU := PATH=$(abspath $(GPU))/bin:$$PATH PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(GPU)):$(CURDIR) TRITON_INTERPRET=0 PYTHONUNBUFFERED=1 $(PYTHON)
@@ -212,7 +212,7 @@ gpu-site:
 	@rm -rf $(GPU) && $(PYTHON) -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target $(GPU) dist/gpu/*.whl
 
 gpu-check: gpu-site  ## every test on a GPU, with dist/gpu and the torch, triton and pytest of PYTHON
-	$(ON_GPU) -m pytest -o pythonpath=tests tests/gpu $(ARGS)
+	$(ON_GPU) -m pytest -o pythonpath=tests tests/gpu $$($(ON_GPU) -c 'import xdist' 2> /dev/null && echo -n4) $(ARGS)
 
 gpu-bench: gpu-site  ## this library against fla-core on a GPU, 8 minutes (ARGS="-o FOLDER" for the results)
 	$(ON_GPU) -m benchmarks.gpu $(ARGS)

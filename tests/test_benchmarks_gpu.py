@@ -233,6 +233,39 @@ def test_the_plan():
     assert Problem("step", 64, 1, 32).compulsory_bytes == 64 * 32 * (state + 2048)
 
 
+def test_without_matplotlib_everything_but_the_plot_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bench.run(tmp_path, FakeDevice(), Settings(rounds=2, warm_calls=1), TOY[:1], (OnCpu,))
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md"]
+    said = capsys.readouterr()
+    assert "**Targets**" in said.out and "is not drawn" in said.err and "pip install matplotlib" in said.err
+
+
+def test_compiling_ahead_has_one_deadline_for_all(monkeypatch):
+    seconds = [0.0]
+
+    class Endless:
+        returncode = -9
+
+        def __init__(self, *_, **__):
+            self.killed = False
+
+        def communicate(self, timeout=None):
+            if self.killed:
+                return "", ""
+            seconds[0] += timeout
+            raise subprocess.TimeoutExpired("job", timeout)
+
+        def kill(self):
+            self.killed = True
+
+    monkeypatch.setattr(peers.fla_peer, "missing", lambda: None)
+    monkeypatch.setattr(peers.subprocess, "Popen", Endless)
+    monkeypatch.setattr(peers.time, "monotonic", lambda: seconds[0])
+    failed = peers.compile_ahead(PROBLEMS, deadline_s=100)
+    assert len(failed) > 3 and 100 <= seconds[0] <= 100 + len(failed)
+
+
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is an NVIDIA GPU here")

@@ -55,8 +55,11 @@ def run(
     line = f"{device.about.get('gpu')}, torch {torch.__version__}, triton {triton.__version__}, {now:%Y-%m-%d}"
     text = "\n\n".join([line, *notes, report.text(table), "**Targets**", report.targets(table)])
     path.with_suffix(".md").write_text(text + "\n")
-    report.plot(table, line, path.with_suffix(".png"))
     print(text)
+    try:
+        report.plot(table, line, path.with_suffix(".png"))
+    except ImportError as error:
+        print(f"\n{path.with_suffix('.png')} is not drawn: {error}; pip install matplotlib", file=sys.stderr)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -188,7 +189,8 @@ def error(got: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
 
 def compile_ahead(problems: Iterable[Problem], deadline_s: float) -> list[str]:
     """Fills Triton's cache with every configuration that fla-core will try, a process for each number of heads, op and
-    gate mode, all at once: one after another they take longer than a whole run. Returns what failed."""
+    gate mode, all at once: one after another they take longer than a whole run. What is not ready in deadline_s is
+    stopped. Returns what failed."""
     if fla_peer.missing():
         return []
     jobs = sorted({(p.op, p.H, safe) for p in problems if p.op in Fla.ops for safe in (0, 1)})
@@ -198,9 +200,11 @@ def compile_ahead(problems: Iterable[Problem], deadline_s: float) -> list[str]:
         for job in jobs
     ]
     failed = []
+    stop_at = time.monotonic() + deadline_s
     for job, process in zip(jobs, running):
+        left = max(stop_at - time.monotonic(), 1)  # one that has ended needs a moment
         try:
-            _, errors = process.communicate(timeout=deadline_s)
+            _, errors = process.communicate(timeout=left)
         except subprocess.TimeoutExpired:
             process.kill()
             errors = process.communicate()[1] or "out of time"
