@@ -182,12 +182,18 @@ def _pretend_hopper() -> None:
 
 
 def main() -> None:
+    from gdn2_ops.export.kernels import plan
+
     parser = argparse.ArgumentParser(description="registers, spills and tensor core instructions, as JSON")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100, 120])
+    parser.add_argument(
+        "--every", action="store_true", help="every build with heads of 128, masked and packed ones too"
+    )
     parser.add_argument("--peer", action="store_true", help="fla-core too, on sm_90 (minutes)")
     options = parser.parse_args()
+    builds = plan(options.arch, [(128, 128)]) if options.every else reported_builds(options.arch)
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
-        rows = list(processes.map(our_row, reported_builds(options.arch)))
+        rows = list(processes.map(our_row, builds))
     print(json.dumps(rows + (list(peer_rows(90)) if options.peer else [])))
 
 

@@ -129,7 +129,7 @@ import json
 from benchmarks import codegen
 from gdn2_ops.export.kernels import plan
 builds = plan([90], [(128, 128)], kernels=["gradients", "recur_back", "recur_back_masked"])
-builds = [b for b in builds if dict(b.options)["PACKED"] == 0 and dict(b.options).get("STATE", 1)]
+builds = [b for b in builds if dict(b.options).get("STATE", 1)]
 print(json.dumps([codegen.our_row(build) for build in builds]))
 """
     environment = os.environ | {"TRITON_INTERPRET": "0"}
@@ -139,17 +139,19 @@ print(json.dumps([codegen.our_row(build) for build in builds]))
     return json.loads(done.stdout)
 
 
-# Bytes that `gradients` spills, by version of Triton, dtype and whether heads are between the compiled sizes, whose
-# numbers have addresses and predicates of their own. Of other versions nothing is known.
+# Bytes that `gradients` spills at most, by version of Triton, dtype and whether heads are between the compiled sizes,
+# whose numbers have addresses and predicates of their own. Of other versions nothing is known.
 SPILLS = {
-    "3.6": {("fp16", 0): 48, ("fp16", 1): 56},
-    "3.7": {("fp16", 1): 48},
+    "3.6": {("bf16", 1): 16, ("fp16", 0): 48, ("fp16", 1): 72},
+    "3.7": {("fp16", 1): 80},
     "3.9": {("bf16", 0): 24},
 }
 
 
 def test_no_kernel_spills(rows):
-    assert len(rows) == 3 * (2 + 1 + 1)  # of each dtype: gradients with and without masks, recur_back either way
+    assert len(rows) == 3 * 2 * (
+        2 + 1 + 1
+    )  # of each dtype, packed or not: gradients and recur_back with masks and without
     version = ".".join(triton.__version__.split(".")[:2])
     if version not in SPILLS:
         pytest.skip(f"what spills is known for Triton {', '.join(SPILLS)}, this is {triton.__version__}")

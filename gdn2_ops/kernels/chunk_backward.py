@@ -17,9 +17,9 @@ value_size] and dx like r [B, T, HV, V], in q's dtype, rounded as operands of a 
 dS does.
 
 Memory. At most, over inputs and gradients: two states of a group, R and dX, that is e V (2 K / (3 C) + 2) bytes for a
-token and value head, e bytes a number: 853 for bfloat16 and heads of 128, whose gradients are 1,792 and one state of a
-chunk 512. The workspace of `prepare` is freed before dq, dk, dg and db are made, which take about as much: 1,160 bytes
-and 1,280 there.
+token and value head, e bytes a number: 853 for bfloat16 and heads of 128. With both states of every chunk it would be
+1,536; one state of every chunk alone is 512, the gradients are 1,792. The workspace of `prepare` is freed before dq,
+dk, dg and db are made, which take about as much: 1,160 bytes and 1,280 there.
 """
 
 from __future__ import annotations
