@@ -13,8 +13,9 @@ def warm_up(
     """Compiles and loads what a first request would wait for: call it for every layer shape of a model.
 
     Runs the launchers once, on one token, in every way of calling them: with and without a state, packed sequences and
-    slots. The sizes of a call other than K and V select no kernel, so no later call of that dtype compiles. Tensors
-    whose memory starts at no multiple of 16 bytes do: Triton compiles narrower loads for them.
+    slots, the state of a step in float32 and in bfloat16. The sizes of a call other than K and V select no kernel, so
+    no later call of that dtype compiles. Tensors whose memory starts at no multiple of 16 bytes do: Triton compiles
+    narrower loads for them. `step_layer` depends on a layer's convolution and gates and is no part: call it once.
 
     Args:
         dtype: of q. K, V: channels of a key and of a value head. parts: chunk (prefill), step (decoding), backward
@@ -33,8 +34,9 @@ def warm_up(
 def _step(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
     q, k, v, g, b, w = token
     slots = torch.zeros(1, dtype=torch.int64, device=state.device)
-    for index in (None, slots, slots.int()):
-        step.step_inplace(q, k, v, g, b, w, state, index, 1.0)
+    for kept in (state, state.bfloat16()):
+        for index in (None, slots, slots.int()):
+            step.step_inplace(q, k, v, g, b, w, kept, index, 1.0)
 
 
 def _chunk(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:

@@ -127,6 +127,7 @@ def test_after_a_warm_up_nothing_compiles(device):
         slots = torch.arange(B, device=device)
         for index in (None, slots, slots.int()):
             step.step_inplace(*token, x[6], index, 1.0)
+            step.step_inplace(*token, x[6].bfloat16(), index, 1.0)
     assert compiled_so_far() == before > 0
 
 
