@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import re
+import statistics
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,6 +234,18 @@ def written():
 def test_the_document_says_what_the_results_say(written):
     document = report.DOCUMENT.read_text()
     assert report.behind_marker(document, report.text(written)) == document
+
+
+def test_the_text_says_what_the_results_say(written):
+    said = report.DOCUMENT.read_text().partition("## What it says")[2].partition("**Reproduced in one run")[0]
+    differences = [report.differences(written, "recall", *rules) for rules in report.ORDERINGS]
+    reproduced = [report.spread(x) for x in differences if report.verdict(x) == "reproduced"]
+    assert len(reproduced) == said.count("±") and all(text in said for text in reproduced)
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    readme = readme.partition("`make recall` (")[2].partition("##")[0]
+    for rule in ("linear attention", "Mamba-2", "Mamba-3", "Gated DeltaNet", "KDA", "GDN-2"):
+        mean = statistics.fmean(report.scores(written, "recall", rule, "all"))
+        assert re.search(rf"{rule}[a-z\s]*\s{mean:.1f}\b", readme), (rule, mean)
 
 
 def test_the_results_are_the_whole_study(written):

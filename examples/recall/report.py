@@ -94,7 +94,7 @@ def table(report: Report, task: str) -> str:
         runs = reported(report, task, variant)
         sizes = (f"{runs[0]['parameters']:,}", f"{runs[0]['state']:,}", f"{runs[0]['rate']:g}")
         seconds = f"{statistics.fmean(r['cpu_s'] for r in runs):.0f}"
-        cells = (_spread(scores(report, task, variant, what)) for what in (*whats, "all"))
+        cells = (spread(scores(report, task, variant, what)) for what in (*whats, "all"))
         lines.append((variant, *sizes, seconds, *cells))
     return _table(lines)
 
@@ -105,23 +105,28 @@ def orderings(report: Report) -> str:
     for lower, higher in ORDERINGS:
         cells = []
         for task in study.TASKS:
-            pairs = zip(scores(report, task, higher, "all"), scores(report, task, lower, "all"))
-            differences = [a - b for a, b in pairs]
-            cells.append(f"{_spread(differences)} | {verdict(differences)}")
+            of_seeds = differences(report, task, lower, higher)
+            cells.append(f"{spread(of_seeds)} | {verdict(of_seeds)}")
         lines.append((f"{lower} < {higher}", *cells))
     return _table(lines)
 
 
-def verdict(differences: Sequence[float]) -> str:
+def differences(report: Report, task: str, lower: str, higher: str) -> list[float]:
+    """Of the means of all questions, in points, seed by seed."""
+    pairs = zip(scores(report, task, higher, "all"), scores(report, task, lower, "all"))
+    return [a - b for a, b in pairs]
+
+
+def verdict(of_seeds: Sequence[float]) -> str:
     """Reproduced, or the opposite, where all seeds agree and the mean is at least two standard deviations."""
-    if abs(statistics.fmean(differences)) < 2 * statistics.stdev(differences):
+    if abs(statistics.fmean(of_seeds)) < 2 * statistics.stdev(of_seeds):
         return "not decided"
-    if min(differences) > 0:
+    if min(of_seeds) > 0:
         return "reproduced"
-    return "the opposite" if max(differences) < 0 else "not decided"
+    return "the opposite" if max(of_seeds) < 0 else "not decided"
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
