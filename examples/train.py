@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="gdn2-1.3b", help="of GDN2Config")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values for options of it")
     parser.add_argument("--data", type=Path, required=True, help="folder of token shards")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the model and its checkpoint")
+    parser.add_argument("--out", type=Path, default=Path("trained"), help="folder of the model and its checkpoint")
     parser.add_argument("--steps", type=int, default=200_000)
     parser.add_argument("--batch", type=int, default=8, help="rows of a forward, over all processes")
     parser.add_argument("--accumulate", type=int, default=1, help="forwards of a step")
