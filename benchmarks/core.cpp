@@ -6,6 +6,8 @@
 // The threads are OpenMP's, each with the same run of consecutive tasks on every call.
 #include "core.h"
 
+#include <cstdlib>
+
 #include <omp.h>
 
 using namespace gdn2;
@@ -47,11 +49,15 @@ static Sequences sequences(const Call* x) {
           view(x->v, values), view(x->g, keys), view(x->b, keys), view(x->w, values), x->state};
 }
 
-extern "C" void chunk(const Call* x) { gdn2::chunk({sequences(x), x->o, x->state}, pool(*x)); }
+static void must(bool done) {
+  if (!done) std::abort();  // out of memory
+}
+
+extern "C" void chunk(const Call* x) { must(gdn2::chunk({sequences(x), x->o, x->state}, pool(*x))); }
 
 extern "C" void backward(const Call* x) {
   const int64_t values = x->H * x->V;
-  gdn2::chunk_backward({sequences(x), {x->d_o, x->T * values, values}, nullptr, x->dq, x->dk, x->dv, x->dg, x->db, x->dw,
-                        x->dstate},
-                       pool(*x));
+  const ChunkBackward args = {sequences(x), {x->d_o, x->T * values, values}, nullptr, x->dq, x->dk, x->dv, x->dg, x->db,
+                              x->dw, x->dstate};
+  must(gdn2::chunk_backward(args, pool(*x)));
 }

@@ -196,7 +196,7 @@ void forward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int64
 }
 
 template <class T>
-void backward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int64_t i_segment, float* partials, bool finish) {
+bool backward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int64_t i_segment, float* partials, bool finish) {
   const Heads& heads = task.args.in.heads;
   const int64_t first = i_segment * SEGMENT, end = smaller(first + SEGMENT, task.chunks), floats = partial_floats(heads);
   for (int64_t i_chunk = end - 1; i_chunk >= first; --i_chunk) {
@@ -206,13 +206,14 @@ void backward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int6
     for (int64_t i = 0; i < n_lanes; ++i) backward_chunk_lane<T>(task, lanes[i], i_chunk, i_chunk - first, at + i * floats);
     if (finish) {
       const int64_t at_out = ((task.at.batch * task.args.in.T + task.token(i_chunk)) * heads.H + task.h) * heads.K;
-      backward_chunk_keys<T>(task.args, task.keys, at_out, task.count(i_chunk), partials);
+      if (!backward_chunk_keys<T>(task.args, task.keys, at_out, task.count(i_chunk), partials)) return false;
     }
   }
+  return true;
 }
 
 template <class T>
-void backward_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane_begin, int64_t lane_end, float* partials) {
+bool backward_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane_begin, int64_t lane_end, float* partials) {
   const Heads& heads = args.in.heads;
   const int64_t K = ceil_div(heads.K, COLUMNS) * COLUMNS, n_lanes = lane_end - lane_begin, floats = partial_floats(heads);
   const Span at = span(args.in, n);
@@ -226,6 +227,7 @@ void backward_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane
   const Scratch chunk_memory((static_cast<int64_t>(sizeof(Keys)) + kept * static_cast<int64_t>(sizeof(Scores))) / 4 +
                              5 * CHUNK * PART + (finish ? n_lanes * floats : 0));
   const Scratch lane_memory(n_lanes * static_cast<int64_t>(sizeof(Lane)) / 4);
+  if (state_memory.data == nullptr || chunk_memory.data == nullptr || lane_memory.data == nullptr) return false;
 
   Keys& keys = *reinterpret_cast<Keys*>(chunk_memory.data);
   Scores* scores = reinterpret_cast<Scores*>(&keys + 1);
@@ -257,41 +259,45 @@ void backward_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane
   float* at_partials = finish ? rows + 5 * CHUNK * PART : partials + lane_begin * floats;
   for (int64_t s = segments - 1; s >= 0; --s) {
     if (s + 1 < segments) forward_segment<T>(task, lanes, n_lanes, s);
-    backward_segment<T>(task, lanes, n_lanes, s, at_partials, finish);
+    if (!backward_segment<T>(task, lanes, n_lanes, s, at_partials, finish)) return false;
   }
   for (int64_t i = 0; args.dstate_in != nullptr && i < n_lanes; ++i) {
     store_state(task, lanes[i], lanes[i].d_state, args.dstate_in);
   }
+  return true;
 }
 
 template <class T>
-void backward_keys_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t i_chunk, const float* partials) {
+bool backward_keys_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t i_chunk, const float* partials) {
   const Heads& heads = args.in.heads;
   const Span at = span(args.in, n);
   const int64_t count = smaller(CHUNK, at.length - i_chunk * CHUNK), token = at.token + i_chunk * CHUNK;
   const Scratch memory(sizeof(Keys) / sizeof(float));
+  if (memory.data == nullptr) return false;
   Keys& keys = *reinterpret_cast<Keys*>(memory.data);
   load_keys<T>(keys, args.in, at.batch, token, h, count);
-  backward_chunk_keys<T>(args, keys, ((at.batch * args.in.T + token) * heads.H + h) * heads.K, count,
+  return backward_chunk_keys<T>(args, keys, ((at.batch * args.in.T + token) * heads.H + h) * heads.K, count,
                          partials + i_chunk * lanes_of(heads) * partial_floats(heads));
 }
 
 }  // namespace
 
-void backward_lanes(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane_begin, int64_t lane_end, float* partials) {
+bool backward_lanes(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane_begin, int64_t lane_end, float* partials) {
   switch (args.in.type) {
     case Type::f32: return backward_task<float>(args, n, h, lane_begin, lane_end, partials);
     case Type::bf16: return backward_task<BFloat16>(args, n, h, lane_begin, lane_end, partials);
     case Type::f16: return backward_task<Float16>(args, n, h, lane_begin, lane_end, partials);
   }
+  return false;
 }
 
-void backward_keys(const ChunkBackward& args, int64_t n, int64_t h, int64_t i_chunk, const float* partials) {
+bool backward_keys(const ChunkBackward& args, int64_t n, int64_t h, int64_t i_chunk, const float* partials) {
   switch (args.in.type) {
     case Type::f32: return backward_keys_task<float>(args, n, h, i_chunk, partials);
     case Type::bf16: return backward_keys_task<BFloat16>(args, n, h, i_chunk, partials);
     case Type::f16: return backward_keys_task<Float16>(args, n, h, i_chunk, partials);
   }
+  return false;
 }
 
 }  // namespace GDN2_ISA

@@ -196,7 +196,7 @@ void look_ahead(Ahead& ahead, const Chunk& args, const Span& at, int64_t token, 
 }
 
 template <class T>
-void chunk_columns(const Chunk& args, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end) {
+bool chunk_columns(const Chunk& args, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end) {
   const Sequences& in = args.in;
   const int64_t HV = in.heads.HV, K = in.heads.K, V = in.heads.V, h = hv / (HV / in.heads.H);
   const Span at = span(in, n);
@@ -204,6 +204,7 @@ void chunk_columns(const Chunk& args, int64_t n, int64_t hv, int64_t v_begin, in
   const int64_t at_state = (n * HV + hv) * K * V + v_begin;
 
   const Scratch state(K * stride), z(rows * stride), o(rows * stride), memory(BLOCK * sizeof(Group) / sizeof(float));
+  if (state.data == nullptr || z.data == nullptr || o.data == nullptr || memory.data == nullptr) return false;
   Group* groups = reinterpret_cast<Group*>(memory.data);
   Ahead ahead;
   load_state(state.data, in.state == nullptr ? nullptr : in.state + at_state, K, V, columns);
@@ -229,16 +230,18 @@ void chunk_columns(const Chunk& args, int64_t n, int64_t hv, int64_t v_begin, in
     }
   }
   if (args.state_out != nullptr) store_state(args.state_out + at_state, state.data, K, V, columns);
+  return true;
 }
 
 }  // namespace
 
-void chunk(const Chunk& args, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end) {
+bool chunk(const Chunk& args, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end) {
   switch (args.in.type) {
     case Type::f32: return chunk_columns<float>(args, n, hv, v_begin, v_end);
     case Type::bf16: return chunk_columns<BFloat16>(args, n, hv, v_begin, v_end);
     case Type::f16: return chunk_columns<Float16>(args, n, hv, v_begin, v_end);
   }
+  return false;
 }
 
 }  // namespace GDN2_ISA

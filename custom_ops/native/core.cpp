@@ -58,7 +58,7 @@ void parallel_parts(const ThreadPool& pool, int64_t items, int64_t units, int64_
 }
 
 // Lanes of one key head on several threads: they leave their partials in memory, and a second round adds them, chunk by chunk.
-void backward_in_two_rounds(const ChunkBackward& args, const ThreadPool& pool) {
+bool backward_in_two_rounds(const ChunkBackward& args, const ThreadPool& pool) {
   const Heads& heads = args.in.heads;
   const int64_t items = args.in.N * heads.H, lanes = lanes_of(heads);
   int64_t chunks = 0;
@@ -67,21 +67,29 @@ void backward_in_two_rounds(const ChunkBackward& args, const ThreadPool& pool) {
   const size_t bytes = static_cast<size_t>(chunks * heads.H * chunk_floats) * sizeof(float);
   float* partials = static_cast<float*>(std::malloc(bytes + 1));
   int64_t* at_chunk = static_cast<int64_t*>(std::malloc(static_cast<size_t>(items + 1) * sizeof(int64_t)));
-  if (partials == nullptr || at_chunk == nullptr) std::abort();
+  if (partials == nullptr || at_chunk == nullptr) {
+    std::free(at_chunk);
+    std::free(partials);
+    return false;
+  }
+  std::atomic<bool> done{true};
   at_chunk[0] = 0;
   for (int64_t i = 0; i < items; ++i) at_chunk[i + 1] = at_chunk[i] + ceil_div(span(args.in, i / heads.H).length, CHUNK);
 
   parallel_parts(pool, items, lanes, splits(items, lanes, pool), [&](int64_t i, int64_t begin, int64_t end) {
-    kernels().backward_lanes(args, i / heads.H, i % heads.H, begin, end, partials + at_chunk[i] * chunk_floats);
+    float* const at = partials + at_chunk[i] * chunk_floats;
+    if (!kernels().backward_lanes(args, i / heads.H, i % heads.H, begin, end, at)) done = false;
   });
   auto finish = [&](int64_t task) {
     int64_t i = 0;
-    while (at_chunk[i + 1] <= task) ++i;  // fewer items than threads
-    kernels().backward_keys(args, i / heads.H, i % heads.H, task - at_chunk[i], partials + at_chunk[i] * chunk_floats);
+    while (at_chunk[i + 1] <= task) ++i;  // few items
+    const float* const at = partials + at_chunk[i] * chunk_floats;
+    if (!kernels().backward_keys(args, i / heads.H, i % heads.H, task - at_chunk[i], at)) done = false;
   };
-  parallel(pool, at_chunk[items], finish);
+  if (done) parallel(pool, at_chunk[items], finish);
   std::free(at_chunk);
   std::free(partials);
+  return done;
 }
 
 }  // namespace
@@ -118,21 +126,27 @@ void step(const Step& args, const ThreadPool& pool) {
   });
 }
 
-void chunk(const Chunk& args, const ThreadPool& pool) {
+bool chunk(const Chunk& args, const ThreadPool& pool) {
   const int64_t HV = args.in.heads.HV, V = args.in.heads.V, items = args.in.N * HV, units = ceil_div(V, COLUMNS);
   const auto run = kernels().chunk;
-  parallel_parts(pool, items, units, splits(items, units, pool), [&args, run, HV, V](int64_t i, int64_t begin, int64_t end) {
-    run(args, i / HV, i % HV, begin * COLUMNS, smaller(end * COLUMNS, V));
+  std::atomic<bool> done{true};
+  parallel_parts(pool, items, units, splits(items, units, pool), [&, run, HV, V](int64_t i, int64_t begin, int64_t end) {
+    if (!run(args, i / HV, i % HV, begin * COLUMNS, smaller(end * COLUMNS, V))) done = false;
   });
+  return done;
 }
 
-void chunk_backward(const ChunkBackward& args, const ThreadPool& pool) {
+bool chunk_backward(const ChunkBackward& args, const ThreadPool& pool) {
   const Heads& heads = args.in.heads;
   const int64_t items = args.in.N * heads.H, lanes = lanes_of(heads);
   if (splits(items, lanes, pool) > 1) return backward_in_two_rounds(args, pool);
   const auto run = kernels().backward_lanes;
-  auto task = [&args, run, &heads, lanes](int64_t i) { run(args, i / heads.H, i % heads.H, 0, lanes, nullptr); };
+  std::atomic<bool> done{true};
+  auto task = [&, run, lanes](int64_t i) {
+    if (!run(args, i / heads.H, i % heads.H, 0, lanes, nullptr)) done = false;
+  };
   parallel(pool, items, task);
+  return done;
 }
 
 }  // namespace gdn2

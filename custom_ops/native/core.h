@@ -11,8 +11,8 @@
 // Shapes: q k g b [B, T, H, K], v w o [B, T, HV, V], state [N, HV, K, V]. q k v b w o share one type, g and state are fp32.
 // Preconditions, checked by the caller: 1 <= K, V <= MAX_HEAD; HV a multiple of H; [heads, channels] contiguous; outputs
 // contiguous, 4-byte aligned and overlapping no input (but for the states, as written below).
-// Numbers do not depend on the number of threads nor on the batch. No exception leaves these functions; memory exhaustion
-// ends the process (chunk and chunk_backward allocate scratch, step does not).
+// Numbers do not depend on the number of threads nor on the batch. No exception leaves these functions. chunk and
+// chunk_backward allocate scratch, and return false where there is no memory for it: their outputs are then unfinished.
 #pragma once
 
 #include <cstddef>
@@ -94,7 +94,7 @@ struct Step {
 };
 
 void step(const Step& args, const ThreadPool& pool);
-void chunk(const Chunk& args, const ThreadPool& pool);
-void chunk_backward(const ChunkBackward& args, const ThreadPool& pool);
+[[nodiscard]] bool chunk(const Chunk& args, const ThreadPool& pool);
+[[nodiscard]] bool chunk_backward(const ChunkBackward& args, const ThreadPool& pool);
 
 }  // namespace gdn2

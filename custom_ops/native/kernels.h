@@ -14,15 +14,16 @@ constexpr int64_t COLUMNS = 16;  // splits of V are multiples of it, whatever th
 constexpr int64_t PART = 64;     // value columns that one lane of the backward pass owns
 
 struct KernelTable {
+  // What returns false had no memory, and its outputs are unfinished.
   // Columns [v_begin, v_end), v_begin a multiple of COLUMNS: of value heads [begin, end) of N HV; of value head hv of
   // sequence n.
   void (*step)(const Step&, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end);
-  void (*chunk)(const Chunk&, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end);
+  bool (*chunk)(const Chunk&, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end);
 
   // A lane is (value head of the group, part of V). `partials` null: do all of key head h. Else: write the lane's share of
   // the gradients of q k g b there, chunk after chunk, and leave them to backward_keys.
-  void (*backward_lanes)(const ChunkBackward&, int64_t n, int64_t h, int64_t lane_begin, int64_t lane_end, float* partials);
-  void (*backward_keys)(const ChunkBackward&, int64_t n, int64_t h, int64_t i_chunk, const float* partials);
+  bool (*backward_lanes)(const ChunkBackward&, int64_t n, int64_t h, int64_t lane_begin, int64_t lane_end, float* partials);
+  bool (*backward_keys)(const ChunkBackward&, int64_t n, int64_t h, int64_t i_chunk, const float* partials);
 
   void (*exp)(const float* x, float* y, int64_t count);  // for tests
 };

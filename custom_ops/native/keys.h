@@ -153,12 +153,13 @@ void backward_channels(const ChunkBackward& args, const Keys& keys, const KeyGra
   }
 }
 
-// dq dk dg db of one chunk from the sum of its lanes' partials.
+// dq dk dg db of one chunk from the sum of its lanes' partials. False: no memory.
 template <class T>
-void backward_chunk_keys(const ChunkBackward& args, const Keys& keys, int64_t at_out, int64_t count, const float* partials) {
+bool backward_chunk_keys(const ChunkBackward& args, const Keys& keys, int64_t at_out, int64_t count, const float* partials) {
   const Heads& heads = args.in.heads;
   const int64_t K_padded = ceil_div(heads.K, COLUMNS) * COLUMNS, floats = partial_floats(heads);
   const Scratch total(floats), memory(sizeof(KeyGradients) / sizeof(float));
+  if (total.data == nullptr || memory.data == nullptr) return false;
   add_partials(total.data, partials, lanes_of(heads), floats);
   const Partial sums(total.data, K_padded);
   KeyGradients& grad = *reinterpret_cast<KeyGradients*>(memory.data);
@@ -169,6 +170,7 @@ void backward_chunk_keys(const ChunkBackward& args, const Keys& keys, int64_t at
   for (int64_t d = 0; d < heads.K; d += LANES) {
     backward_channels<T>(args, keys, grad, d, at_out, heads.H * heads.K, count, heads.K - d);
   }
+  return true;
 }
 
 }  // namespace GDN2_ISA

@@ -1,8 +1,8 @@
 // The operators of gdn2 for torch on the CPU: schemas and kernels through the LibTorch stable ABI, so that one binary
 // serves every torch from 2.11 on, in Python and in a C++ process that runs an exported program.
 //
-// The text of errors is custom_ops/contract.py's, which Python callers meet first. What is checked here again is what
-// keeps the kernels inside their memory when the operators are called without it.
+// What is checked here is what keeps the kernels inside their memory. Python callers read of a refusal in the words of
+// custom_ops/contract.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -194,7 +194,8 @@ std::tuple<Tensor, Tensor> chunk(const Tensor q, const Tensor k, const Tensor v,
                                  const std::optional<Tensor> cu_seqlens, double scale) {
   const Sequences in(Inputs("chunk", 4, q, k, v, g, b, w), state, cu_seqlens, scale);
   Tensor o = like(v), final_state = new_state(in.in, in.N);
-  gdn2::chunk({in.core(), o.mutable_data_ptr(), final_state.mutable_data_ptr<float>()}, threads());
+  const bool done = gdn2::chunk({in.core(), o.mutable_data_ptr(), final_state.mutable_data_ptr<float>()}, threads());
+  if (!done) refuse("chunk", "memory for its scratch", "none");
   return {o, final_state};
 }
 
@@ -212,11 +213,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_backwar
   }
   Tensor dq = like(q), dk = like(k), dv = like(v), dg = like(g), db = like(b), dw = like(w);
   Tensor dstate = new_state(in.in, in.N);
-  gdn2::chunk_backward(
+  const bool done = gdn2::chunk_backward(
       {in.core(), view(do_packed), dfinal ? dfinal->const_data_ptr<float>() : nullptr, dq.mutable_data_ptr(),
        dk.mutable_data_ptr(), dv.mutable_data_ptr(), dg.mutable_data_ptr<float>(), db.mutable_data_ptr(),
        dw.mutable_data_ptr(), dstate.mutable_data_ptr<float>()},
       threads());
+  if (!done) refuse("chunk_backward", "memory for its scratch", "none");
   return {dq, dk, dv, dg, db, dw, dstate};
 }
 

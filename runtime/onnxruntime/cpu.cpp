@@ -69,10 +69,12 @@ Status* compute(void* opaque, ort::KernelContext* context) {
   const gdn2::ThreadPool pool = {Threads::run, &threads, kernel.threads};
   if (in.T == 1) {
     gdn2::step({heads, in.B, kernel.type, kernel.scale, q, k, v, g, b, w, before, after, nullptr, 0, out.o}, pool);
-  } else {
-    gdn2::chunk({{heads, in.B, in.T, nullptr, kernel.type, kernel.scale, q, k, v, g, b, w, before}, out.o, after}, pool);
+    return threads.failed;
   }
-  return threads.failed;
+  const gdn2::Sequences sequences = {heads, in.B, in.T, nullptr, kernel.type, kernel.scale, q, k, v, g, b, w, before};
+  const bool done = gdn2::chunk({sequences, out.o, after}, pool);
+  if (threads.failed != nullptr || done) return threads.failed;
+  return refuse(kernel.api, "expected memory for its scratch, got none", ort::FAIL);
 }
 
 gdn2::Type type_of(ort::ElementType element) {
