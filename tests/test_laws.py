@@ -58,16 +58,18 @@ def test_chunk_is_the_scan_of_step(case, dtype):
     assert_law((torch.cat(outs, 1), state), case, x)
 
 
+@every_dtype
 @pytest.mark.parametrize("case", CUT, ids=lambda case: case.name)
-def test_cutting_anywhere_changes_nothing(case):
-    x = inputs(case, torch.float32)
+def test_cutting_anywhere_changes_nothing(case, dtype):
+    x = inputs(case, dtype)
     for cut in range(case.T + 1):
         assert_law(in_pieces(x, [cut]), case, x)
 
 
+@every_dtype
 @pytest.mark.parametrize("cuts", [[], [0, 0, 65], [1, 2, 3], [16, 32, 48, 64], [15, 31, 47, 63], list(range(1, 65))])
-def test_cutting_often_changes_nothing(cuts):
-    x = inputs(LONG, torch.float32)
+def test_cutting_often_changes_nothing(cuts, dtype):
+    x = inputs(LONG, dtype)
     assert_law(in_pieces(x, cuts), LONG, x)
 
 
@@ -117,8 +119,9 @@ def test_the_past_does_not_see_the_future(case, dtype):
             assert not torch.equal(o_changed[:, t], o[:, t])
 
 
-def test_tied_gates_are_kda():
-    x = inputs(Case("tied", 40, HV=4), torch.float32)
+@every_dtype
+def test_tied_gates_are_kda(dtype):
+    x = inputs(Case("tied", 40, HV=4), dtype)
     beta = x.b[..., 0]
     tied = gates.kda(x.k, x.v, x.g, beta)
     got = gdn2_ops.chunk(x.q, x.k, x.v, *tied, x.state)
@@ -132,7 +135,7 @@ def test_tied_gates_are_kda():
         outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S) * 8**-0.5)
     specification = reference.recurrent(x.q, x.k, x.v, *tied, x.state)
     for s, y, z in zip(specification, got, (torch.stack(outs, 1), S)):
-        assert_as_good_as([s], y, z, torch.float32)
+        assert_as_good_as([s], y, z, dtype)
 
 
 @every_dtype
@@ -157,6 +160,14 @@ def test_output_is_linear_in_values_and_state(T):
         torch.testing.assert_close(got, 2 * one - 3 * other, rtol=1e-5, atol=2e-5)
     nothing = gdn2_ops.chunk(*x._replace(v=torch.zeros_like(x.v), state=None))
     assert not nothing.o.any() and not nothing.state.any()
+
+
+@every_dtype
+def test_twice_the_values_and_state_give_twice_the_output(dtype):
+    x = inputs(Case("twice", 40, HV=4), dtype)
+    twice = gdn2_ops.chunk(*x._replace(v=2 * x.v, state=2 * x.state))
+    for y, z in zip(twice, gdn2_ops.chunk(*x)):
+        torch.testing.assert_close(y, 2 * z, rtol=0, atol=2**-23 if y.dtype == torch.float16 else 0)  # subnormals round
 
 
 @pytest.fixture
@@ -203,11 +214,12 @@ def test_any_shape_cut_anywhere(data):
     decay = data.draw(st.sampled_from(["none", "weak", "resets", "channels"]), "decay")
     erase = data.draw(st.sampled_from(["none", "uniform", "one", "two"]), "erase")
     cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=4), "cuts"))
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     case = Case("drawn", T, decay, erase, B=B, H=H, HV=group * H, K=K, V=V)
-    x = inputs(case, torch.float32)
+    x = inputs(case, dtype)
     assert_law(gdn2_ops.chunk(*x), case, x)
     assert_law(in_pieces(x, cuts), case, x)
     if B == 1:  # the same cuts as bounds of packed sequences
         packed = Case("drawn", T, decay, erase, H=H, HV=group * H, K=K, V=V, cu_seqlens=(0, *cuts, T))
-        y = inputs(packed, torch.float32)
+        y = inputs(packed, dtype)
         assert_law(gdn2_ops.chunk(*y, cu_seqlens=bounds(packed)), packed, y, cu_seqlens=bounds(packed))

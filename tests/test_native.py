@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, assert_chunk_as_good_as_the_specification, inputs
+from cases import CASES, DTYPES, Case, assert_chunk_as_good_as_the_specification, cotangents, inputs
 
 import gdn2_ops
 from gdn2_ops.compiled import find_library
@@ -30,9 +30,25 @@ def test_every_instruction_set_is_as_good_as_the_specification(isa, case, dtype)
     assert_chunk_as_good_as_the_specification(case, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_instruction_sets_agree_to_rounding(isa, dtype):
+    case = Case("agree", 130, H=2, HV=4, K=100, V=70)
+    x, (do, dstate) = inputs(case, dtype), cotangents(case, dtype)
+
+    def results():
+        token = gdn2_ops.step(*(y[:, -1] for y in x[:6]), x.state)
+        return [*gdn2_ops.chunk(*x), *token, *torch.ops.gdn2.chunk_backward(do, dstate, *x, None, 0.1)]
+
+    got = results()
+    assert LIBRARY.gdn2_set_isa(ISAS["portable"])
+    for y, z in zip(got, results()):
+        rounding = 2e-6 if y.dtype == torch.float32 else torch.finfo(y.dtype).eps
+        assert (y.double() - z.double()).abs().max() <= rounding * z.double().abs().max()
+
+
 @pytest.mark.parametrize("K, V", ODD_SIZES)
 def test_every_head_size(isa, K, V):
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         case = Case(f"odd {K} {V}", 19, B=4 if K * V < 1000 else 1, H=2, HV=4, K=K, V=V)
         assert_chunk_as_good_as_the_specification(case, dtype)
         *rows, state = inputs(case, dtype)

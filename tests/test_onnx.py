@@ -48,6 +48,21 @@ def test_our_kernels_give_the_eager_numbers(exported):
     assert_eager_numbers(model, OnnxRuntimeBackend(file, threads=1, library=True))
 
 
+@pytest.mark.parametrize("T", [1, 512])
+def test_our_kernels_give_the_numbers_of_the_body(T, exported):
+    """Each output within 2e-6 of its largest number: logits and states, from an empty state and from that one."""
+    model, file = exported
+    sessions = [OnnxRuntimeBackend(file, threads=1, library=library) for library in (False, True)]
+    rows = np.random.default_rng(T).integers(0, model.config.vocab_size, (2, T))
+    states = [None, None]
+    for _ in range(2):
+        results = [session(rows, state) for session, state in zip(sessions, states)]
+        states = [state for _, state in results]
+        (want, *wants), (got, *gots) = ([logits, *state] for logits, state in results)
+        for y, z in zip((got, *gots), (want, *wants), strict=True):
+            assert np.abs(y - z).max() <= 2e-6 * np.abs(z).max()
+
+
 def test_the_file_is_valid_and_names_no_local_path(exported):
     _, file = exported
     model = onnx.load(file)
