@@ -21,7 +21,7 @@ import torch
 from benchmarks import floors, ggml_peer, report
 from benchmarks.core_peer import Core
 from benchmarks.measure import Settings, Table, measure
-from benchmarks.onnxruntime_peer import LibraryInOnnxRuntime, OnnxRuntime, OnnxRuntimeInPlace
+from benchmarks.onnxruntime_peer import BodyInOnnxRuntime, LibraryInOnnxRuntime, OnnxRuntime, OnnxRuntimeInPlace
 from benchmarks.peers import CompiledReference, Forward, Library, NaiveLoop, Operator, Peer
 from benchmarks.problems import PROBLEMS, Problem
 
@@ -31,6 +31,7 @@ PEERS: tuple[type[Peer], ...] = (
     Core,
     Forward,
     LibraryInOnnxRuntime,
+    BodyInOnnxRuntime,
     OnnxRuntime,
     OnnxRuntimeInPlace,
     ggml_peer.Ggml,

@@ -1,5 +1,5 @@
-"""In ONNX Runtime: its contrib operator LinearAttention (rule gated_delta, a decay for each key channel), and this
-library's kernels of the node gdn2::GatedDeltaNet2."""
+"""In ONNX Runtime: its contrib operator LinearAttention (rule gated_delta, a decay for each key channel), and the
+node gdn2::GatedDeltaNet2 with this library's kernels and with its function body."""
 
 from __future__ import annotations
 
@@ -128,6 +128,30 @@ class LibraryInOnnxRuntime(InOnnxRuntime):
 
         attributes = {"scale": problem.K**-0.5} | onnx_schema.PLUGIN
         return _one_node(onnx_schema.OP, onnx_schema.DOMAIN, feed, outs, attributes)  # no body: the kernel or an error
+
+
+class BodyInOnnxRuntime(LibraryInOnnxRuntime):
+    """The same node with no kernel registered: the function body of an exported file runs."""
+
+    name = "gdn2_ops, body in ONNX Runtime"
+
+    @staticmethod
+    def missing() -> str | None:
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+        except ImportError:
+            return "not installed: pip install 'gdn2-ops[onnx]'"
+        return None
+
+    def prepare(self, problem: Problem, x: Inputs, options) -> dict[str, Tensor]:
+        return dict(zip(NAMES, (*x.tensors()[:-1], self.state)))
+
+    def model(self, problem: Problem, feed: dict[str, Tensor], outs: dict[str, Tensor]):
+        from gdn2_ops.export.onnx_bodies import function_body, with_body
+
+        model = super().model(problem, feed, outs)
+        return with_body(model, function_body("chunk", model.opset_import[0].version))
 
 
 def _one_node(op: str, domain: str, feed: dict[str, Tensor], outs: dict[str, Tensor], attributes: dict):

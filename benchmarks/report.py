@@ -15,8 +15,9 @@ from benchmarks.problems import PROBLEMS
 
 OURS, CORE, FORWARD = "gdn2_ops", "gdn2_ops, C++ core", "gdn2_ops, its forward"
 ORT_IN_PLACE = "ONNX Runtime, state in place"
+NODE, BODY = "gdn2_ops in ONNX Runtime", "gdn2_ops, body in ONNX Runtime"
 ORT, GGML, NAIVE = "ONNX Runtime LinearAttention", "ggml gated_delta_net", "naive PyTorch loop"
-STEP, POOL, PREFILL, BACKWARD = (str(PROBLEMS[i]) for i in (1, 2, 5, 7))
+TOKEN, STEP, POOL, PROMPT, PREFILL, BACKWARD = (str(PROBLEMS[i]) for i in (0, 1, 2, 4, 5, 7))
 COLUMNS = ("peer", "gates", "error", "time", "p20 .. p80", "times ours", "p20 .. p80", "of the floor")
 
 
@@ -69,6 +70,8 @@ TARGETS: tuple[tuple[str, float, bool, Callable[[Table], Spread | None]], ...] =
     (f"{STEP}: share of the floor", 0.75, True, lambda table: share(table, STEP, OURS)),
     (f"{STEP}: share of the floor, our C++ core", 0.75, True, lambda table: share(table, STEP, CORE)),
     (f"{POOL}: share of the floor", 0.85, True, lambda table: share(table, POOL, OURS)),
+    (f"{TOKEN}: {BODY} / with its kernels", 2, True, _against(TOKEN, BODY, NODE)),
+    (f"{PROMPT}: {BODY} / with its kernels", 2, True, _against(PROMPT, BODY, NODE)),
     (f"{PREFILL}: {ORT} / ours", 2, True, _against(PREFILL, ORT)),
     (f"{PREFILL}: {NAIVE} / ours", 15, True, _against(PREFILL, NAIVE)),
     (f"{BACKWARD}: ours / its forward", 4, False, _against(BACKWARD, OURS, FORWARD)),
