@@ -149,9 +149,8 @@ SPILLS = {
 
 
 def test_no_kernel_spills(rows):
-    assert len(rows) == 3 * 2 * (
-        2 + 1 + 1
-    )  # of each dtype, packed or not: gradients and recur_back with masks and without
+    # of each dtype, packed or not: gradients and recur_back with masks and without
+    assert len(rows) == 3 * 2 * (2 + 1 + 1)
     version = ".".join(triton.__version__.split(".")[:2])
     if version not in SPILLS:
         pytest.skip(f"what spills is known for Triton {', '.join(SPILLS)}, this is {triton.__version__}")
