@@ -31,6 +31,7 @@ def test_every_instruction_set_is_as_good_as_the_specification(isa, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ["avx2", "avx512"], indirect=True)
 def test_instruction_sets_agree_to_rounding(isa, dtype):
     case = Case("agree", 130, H=2, HV=4, K=100, V=70)
     x, (do, dstate) = inputs(case, dtype), cotangents(case, dtype)
