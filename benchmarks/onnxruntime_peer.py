@@ -21,6 +21,15 @@ class InOnnxRuntime(ABC):
     ops: tuple[str, ...] = ("step", "chunk")
     in_place = False
 
+    @staticmethod
+    def missing() -> str | None:
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+        except ImportError:
+            return "not installed: pip install 'gdn2-ops[onnx]'"
+        return None
+
     def __init__(self, problem: Problem, x: Inputs, threads: int) -> None:
         import numpy as np
         import onnxruntime
@@ -63,11 +72,10 @@ class OnnxRuntime(InOnnxRuntime):
 
     @staticmethod
     def missing() -> str | None:
-        try:
-            import onnx  # noqa: F401
-            from onnxruntime.capi import onnxruntime_pybind11_state as native
-        except ImportError:
-            return "not installed: pip install 'gdn2-ops[onnx]'"
+        if said := InOnnxRuntime.missing():
+            return said
+        from onnxruntime.capi import onnxruntime_pybind11_state as native
+
         has_it = any(s.name == OP and s.domain == DOMAIN for s in native.get_all_operator_schema())
         return None if has_it else "no LinearAttention in this onnxruntime: pip install 'onnxruntime>=1.26'"
 
@@ -95,11 +103,37 @@ class OnnxRuntimeInPlace(OnnxRuntime):
     in_place = True
 
 
-class LibraryInOnnxRuntime(InOnnxRuntime):
-    """gdn2::GatedDeltaNet2 with this library's kernels registered; a step in place."""
+class BodyInOnnxRuntime(InOnnxRuntime):
+    """gdn2::GatedDeltaNet2 with no kernel registered: the function body of an exported file runs. A step in place."""
+
+    name = "gdn2_ops, body in ONNX Runtime"
+    gates = GDN2
+
+    def __init__(self, problem: Problem, x: Inputs, threads: int) -> None:
+        self.in_place = problem.op == "step"
+        super().__init__(problem, x, threads)
+
+    def prepare(self, problem: Problem, x: Inputs, options) -> dict[str, Tensor]:
+        return dict(zip(NAMES, (*x.tensors()[:-1], self.state)))
+
+    def node(self, problem: Problem, feed: dict[str, Tensor], outs: dict[str, Tensor]):
+        """The onnx.ModelProto without a body."""
+        from gdn2_ops.export import onnx_schema
+
+        attributes = {"scale": problem.K**-0.5} | onnx_schema.PLUGIN
+        return _one_node(onnx_schema.OP, onnx_schema.DOMAIN, feed, outs, attributes)
+
+    def model(self, problem: Problem, feed: dict[str, Tensor], outs: dict[str, Tensor]):
+        from gdn2_ops.export.onnx_bodies import function_body, with_body
+
+        model = self.node(problem, feed, outs)
+        return with_body(model, function_body("chunk", model.opset_import[0].version))
+
+
+class LibraryInOnnxRuntime(BodyInOnnxRuntime):
+    """The same node with this library's kernels registered."""
 
     name = "gdn2_ops in ONNX Runtime"
-    gates = GDN2
 
     @staticmethod
     def missing() -> str | None:
@@ -113,45 +147,14 @@ class LibraryInOnnxRuntime(InOnnxRuntime):
             return "not installed: make install, and pip install 'gdn2-ops[onnx]'"
         return None
 
-    def __init__(self, problem: Problem, x: Inputs, threads: int) -> None:
-        self.in_place = problem.op == "step"
-        super().__init__(problem, x, threads)
-
     def prepare(self, problem: Problem, x: Inputs, options) -> dict[str, Tensor]:
         from gdn2_ops.runtime import onnxruntime_library
 
         onnxruntime_library.register(options)
-        return dict(zip(NAMES, (*x.tensors()[:-1], self.state)))
+        return super().prepare(problem, x, options)
 
     def model(self, problem: Problem, feed: dict[str, Tensor], outs: dict[str, Tensor]):
-        from gdn2_ops.export import onnx_schema
-
-        attributes = {"scale": problem.K**-0.5} | onnx_schema.PLUGIN
-        return _one_node(onnx_schema.OP, onnx_schema.DOMAIN, feed, outs, attributes)  # no body: the kernel or an error
-
-
-class BodyInOnnxRuntime(LibraryInOnnxRuntime):
-    """The same node with no kernel registered: the function body of an exported file runs."""
-
-    name = "gdn2_ops, body in ONNX Runtime"
-
-    @staticmethod
-    def missing() -> str | None:
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-        except ImportError:
-            return "not installed: pip install 'gdn2-ops[onnx]'"
-        return None
-
-    def prepare(self, problem: Problem, x: Inputs, options) -> dict[str, Tensor]:
-        return dict(zip(NAMES, (*x.tensors()[:-1], self.state)))
-
-    def model(self, problem: Problem, feed: dict[str, Tensor], outs: dict[str, Tensor]):
-        from gdn2_ops.export.onnx_bodies import function_body, with_body
-
-        model = super().model(problem, feed, outs)
-        return with_body(model, function_body("chunk", model.opset_import[0].version))
+        return self.node(problem, feed, outs)  # no body: the kernel or an error
 
 
 def _one_node(op: str, domain: str, feed: dict[str, Tensor], outs: dict[str, Tensor], attributes: dict):
