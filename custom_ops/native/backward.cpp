@@ -34,6 +34,7 @@ struct Work {
   float* rows;      // P, then dX: [2 CHUNK, N]
   float* rows_t;    // [N, 2 CHUNK]
   float* solved_t;  // [N, CHUNK]
+  float* key_sums;  // of backward_chunk_keys; null where it is left to backward_keys
 };
 
 struct Task {
@@ -196,7 +197,7 @@ void forward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int64
 }
 
 template <class T>
-bool backward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int64_t i_segment, float* partials, bool finish) {
+void backward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int64_t i_segment, float* partials, bool finish) {
   const Heads& heads = task.args.in.heads;
   const int64_t first = i_segment * SEGMENT, end = smaller(first + SEGMENT, task.chunks), floats = partial_floats(heads);
   for (int64_t i_chunk = end - 1; i_chunk >= first; --i_chunk) {
@@ -206,10 +207,9 @@ bool backward_segment(const Task& task, const Lane* lanes, int64_t n_lanes, int6
     for (int64_t i = 0; i < n_lanes; ++i) backward_chunk_lane<T>(task, lanes[i], i_chunk, i_chunk - first, at + i * floats);
     if (finish) {
       const int64_t at_out = ((task.at.batch * task.args.in.T + task.token(i_chunk)) * heads.H + task.h) * heads.K;
-      if (!backward_chunk_keys<T>(task.args, task.keys, at_out, task.count(i_chunk), partials)) return false;
+      backward_chunk_keys<T>(task.args, task.keys, at_out, task.count(i_chunk), partials, task.work.key_sums);
     }
   }
-  return true;
 }
 
 template <class T>
@@ -225,14 +225,16 @@ bool backward_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane
   for (int64_t i = lane_begin; i < lane_end; ++i) columns += make_lane(heads, h, i).N;
   const Scratch state_memory(columns * ((kept + 1 + segments + 1) * K + kept * CHUNK));
   const Scratch chunk_memory((static_cast<int64_t>(sizeof(Keys)) + kept * static_cast<int64_t>(sizeof(Scores))) / 4 +
-                             5 * CHUNK * PART + (finish ? n_lanes * floats : 0));
+                             5 * CHUNK * PART + (finish ? n_lanes * floats + key_sums_floats(heads) : 0));
   const Scratch lane_memory(n_lanes * static_cast<int64_t>(sizeof(Lane)) / 4);
   if (state_memory.data == nullptr || chunk_memory.data == nullptr || lane_memory.data == nullptr) return false;
 
   Keys& keys = *reinterpret_cast<Keys*>(chunk_memory.data);
   Scores* scores = reinterpret_cast<Scores*>(&keys + 1);
   float* rows = reinterpret_cast<float*>(scores + kept);
-  const Work work = {rows, rows + 2 * CHUNK * PART, rows + 4 * CHUNK * PART};
+  float* const at_partials = finish ? rows + 5 * CHUNK * PART : partials + lane_begin * floats;
+  float* const key_sums = finish ? at_partials + n_lanes * floats : nullptr;
+  const Work work = {rows, rows + 2 * CHUNK * PART, rows + 4 * CHUNK * PART, key_sums};
   Ahead ahead;
   const Task task = {args, n, h, at, K, chunks, keys, scores, work, ahead};
 
@@ -256,10 +258,9 @@ bool backward_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t lane
       std::memcpy(lanes[i].checkpoints + (s + 1) * size, end_state, static_cast<size_t>(size) * sizeof(float));
     }
   }
-  float* at_partials = finish ? rows + 5 * CHUNK * PART : partials + lane_begin * floats;
   for (int64_t s = segments - 1; s >= 0; --s) {
     if (s + 1 < segments) forward_segment<T>(task, lanes, n_lanes, s);
-    if (!backward_segment<T>(task, lanes, n_lanes, s, at_partials, finish)) return false;
+    backward_segment<T>(task, lanes, n_lanes, s, at_partials, finish);
   }
   for (int64_t i = 0; args.dstate_in != nullptr && i < n_lanes; ++i) {
     store_state(task, lanes[i], lanes[i].d_state, args.dstate_in);
@@ -272,12 +273,13 @@ bool backward_keys_task(const ChunkBackward& args, int64_t n, int64_t h, int64_t
   const Heads& heads = args.in.heads;
   const Span at = span(args.in, n);
   const int64_t count = smaller(CHUNK, at.length - i_chunk * CHUNK), token = at.token + i_chunk * CHUNK;
-  const Scratch memory(sizeof(Keys) / sizeof(float));
+  const Scratch memory(static_cast<int64_t>(sizeof(Keys) / sizeof(float)) + key_sums_floats(heads));
   if (memory.data == nullptr) return false;
   Keys& keys = *reinterpret_cast<Keys*>(memory.data);
   load_keys<T>(keys, args.in, at.batch, token, h, count);
-  return backward_chunk_keys<T>(args, keys, ((at.batch * args.in.T + token) * heads.H + h) * heads.K, count,
-                         partials + i_chunk * lanes_of(heads) * partial_floats(heads));
+  backward_chunk_keys<T>(args, keys, ((at.batch * args.in.T + token) * heads.H + h) * heads.K, count,
+                         partials + i_chunk * lanes_of(heads) * partial_floats(heads), reinterpret_cast<float*>(&keys + 1));
+  return true;
 }
 
 }  // namespace

@@ -153,16 +153,20 @@ void backward_channels(const ChunkBackward& args, const Keys& keys, const KeyGra
   }
 }
 
-// dq dk dg db of one chunk from the sum of its lanes' partials. False: no memory.
+// Size of the memory that backward_chunk_keys works in.
+inline int64_t key_sums_floats(const Heads& heads) {
+  return partial_floats(heads) + static_cast<int64_t>(sizeof(KeyGradients) / sizeof(float));
+}
+
+// dq dk dg db of one chunk from the sum of its lanes' partials.
 template <class T>
-bool backward_chunk_keys(const ChunkBackward& args, const Keys& keys, int64_t at_out, int64_t count, const float* partials) {
+void backward_chunk_keys(const ChunkBackward& args, const Keys& keys, int64_t at_out, int64_t count, const float* partials,
+                         float* memory) {
   const Heads& heads = args.in.heads;
   const int64_t K_padded = ceil_div(heads.K, COLUMNS) * COLUMNS, floats = partial_floats(heads);
-  const Scratch total(floats), memory(sizeof(KeyGradients) / sizeof(float));
-  if (total.data == nullptr || memory.data == nullptr) return false;
-  add_partials(total.data, partials, lanes_of(heads), floats);
-  const Partial sums(total.data, K_padded);
-  KeyGradients& grad = *reinterpret_cast<KeyGradients*>(memory.data);
+  add_partials(memory, partials, lanes_of(heads), floats);
+  const Partial sums(memory, K_padded);
+  KeyGradients& grad = *reinterpret_cast<KeyGradients*>(memory + floats);
   transpose(K_padded, 2 * CHUNK, sums.d_read_erase, 2 * CHUNK, grad.read_erase[0], ROW);
   transpose(K_padded, CHUNK, sums.d_write, CHUNK, grad.write_CK[0], ROW);
   grad.decay_K = sums.d_decay;
@@ -170,7 +174,6 @@ bool backward_chunk_keys(const ChunkBackward& args, const Keys& keys, int64_t at
   for (int64_t d = 0; d < heads.K; d += LANES) {
     backward_channels<T>(args, keys, grad, d, at_out, heads.H * heads.K, count, heads.K - d);
   }
-  return true;
 }
 
 }  // namespace GDN2_ISA
