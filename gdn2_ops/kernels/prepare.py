@@ -7,6 +7,9 @@ stand on its first row and one of them is 1 / gamma: right in rows that decayed 
 slice of keys has rows with more, the pairwise form makes them, sixteen diagonals at a time; the branch is one for the
 program, the choice is of the row, so that no token knows what comes after it.
 
+Digits. A rounding of T grows in A by the length of the chunk, and T has those of the decays in it. In float32 the
+decays, T, A, Kx and Ax are float64 until they are stored, on its tensor cores where a GPU has them (decision 0005).
+
 Kt waits for A in registers, in float32, which has none to spare, where Kx will be; there Aqk waits where Ax will be.
 """
 
@@ -21,21 +24,27 @@ from torch import Tensor
 
 from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.products import applied, loaded_product, product
+from gdn2_ops.kernels.products import loaded_product, product
 
 C = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def scores(e_CK, q_CK, k_CK, t_CC, aqk_CC, dtype: tl.constexpr):
-    """T and Aqk of one slice more; Aqk may have the digits of q's dtype."""
+def scores(e_CK, q_CK, k_CK, here_CC, t_CC, aqk_CC, dtype: tl.constexpr):
+    """T and Aqk of one slice more; Aqk may have the digits of q's dtype.
+
+    In float32 where they belong `here` and nowhere else: there are no registers for two pairs.
+    """
     k_KC = tl.trans(k_CK)
-    t_CC = product(e_CK, k_KC, t_CC, dtype)
-    if dtype == tl.float16:
-        return t_CC, tl.dot(q_CK.to(dtype), k_KC.to(dtype), aqk_CC)
+    if dtype == tl.float32:
+        t_CC = tl.where(here_CC, product(e_CK, k_KC, t_CC, dtype), t_CC)
+        aqk_here_CC = product(q_CK.to(tl.float32), k_KC.to(tl.float32), aqk_CC, dtype)
+        return t_CC, tl.where(here_CC, aqk_here_CC, aqk_CC)
+    elif dtype == tl.float16:
+        return product(e_CK, k_KC, t_CC, dtype), tl.dot(q_CK.to(dtype), k_KC.to(dtype), aqk_CC)
     else:
-        return t_CC, product(q_CK, k_KC, aqk_CC, dtype)
+        return product(e_CK, k_KC, t_CC, dtype), product(q_CK, k_KC, aqk_CC, dtype)
 
 
 @triton.jit
@@ -68,17 +77,17 @@ def pairwise(q_PRK, e_PRK, k_ptr, g_ptr, at_PRK, live_PRK, stride):
     """Scores inside the blocks diagonal by diagonal, every decay a sum of its own: right for any g <= 0."""
     P: tl.constexpr = q_PRK.shape[0]
     i_R = tl.arange(0, 16)
-    t_PRR = tl.zeros([P, 16, 16], tl.float32)
+    t_PRR = tl.zeros([P, 16, 16], e_PRK.dtype)
     aqk_PRR = tl.zeros([P, 16, 16], tl.float32)
-    span_PRK = tl.zeros(q_PRK.shape, tl.float32)  # log2 of the decay from token i - d to token i
+    span_PRK = tl.zeros(e_PRK.shape, e_PRK.dtype)  # log2 of the decay from token i - d to token i
     for d in range(16):
         inside_PRK = live_PRK & (i_R >= d)[None, :, None]
-        k_PRK = tl.load(k_ptr + at_PRK - d * stride, mask=inside_PRK, other=0.0).to(tl.float32)
+        k_PRK = tl.load(k_ptr + at_PRK - d * stride, mask=inside_PRK, other=0.0).to(e_PRK.dtype)
         k_PRK *= tl.exp2(span_PRK)
         diagonal_PRR = (i_R[:, None] == i_R[None, :] + d)[None, :, :]
         t_PRR += tl.where(diagonal_PRR, tl.sum(e_PRK * k_PRK, 2)[:, :, None], 0.0)
-        aqk_PRR += tl.where(diagonal_PRR, tl.sum(q_PRK * k_PRK, 2)[:, :, None], 0.0)
-        span_PRK += tl.load(g_ptr + at_PRK - d * stride, mask=inside_PRK, other=0.0) * LOG2_E
+        aqk_PRR += tl.where(diagonal_PRR, tl.sum(q_PRK * k_PRK.to(tl.float32), 2)[:, :, None], 0.0)
+        span_PRK += tl.load(g_ptr + at_PRK - d * stride, mask=inside_PRK, other=0.0).to(e_PRK.dtype) * LOG2_E
     return t_PRR, aqk_PRR
 
 
@@ -156,6 +165,7 @@ def prepare_kernel(
     operand: tl.constexpr = e_ptr.dtype.element_ty
     EXACT: tl.constexpr = operand == tl.float32
     ROUGH: tl.constexpr = "ieee" if EXACT else "tf32"
+    WIDE: tl.constexpr = tl.float64 if EXACT else tl.float32
     FINE: tl.constexpr = "tf32x3" if operand == tl.float16 else ROUGH  # 1 / gamma passes float16's range
     SPAN: tl.constexpr = 4.0 if EXACT else 100.0  # octaves; float32: more would cost digits
     P: tl.constexpr = C // 16
@@ -177,13 +187,13 @@ def prepare_kernel(
     before_PP = i_P[:, None] > i_P[None, :]
     after_PP = i_P[:, None] < i_P[None, :]
     middle_PP = ((i_P[:, None] == 0) & (i_P[None, :] == 1)) | ((i_P[:, None] == 3) & (i_P[None, :] == 2))
-    block_C1, block_1C = (i_C // 16)[:, None], (i_C // 16)[None, :]
-    near_CC = neighbours(i_C, 16)
+    up_to_CC = (i_C // 16)[:, None] >= (i_C // 16)[None, :]  # blocks up to the diagonal
+    near_CC, far_CC = neighbours(i_C, 16), neighbours(i_C, 32)
 
-    t_near_CC, aqk_near_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    t_far_CC, aqk_far_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    t_PRR, aqk_PRR = tl.zeros([P, 16, 16], tl.float32), tl.zeros([P, 16, 16], tl.float32)
+    t_CC, aqk_CC = tl.zeros([C, C], WIDE), tl.zeros([C, C], tl.float32)
+    t_PRR, aqk_PRR = tl.zeros([P, 16, 16], WIDE), tl.zeros([P, 16, 16], tl.float32)
     if not EXACT:
+        t_far_CC, aqk_far_CC = t_CC, aqk_CC
         kt_PRSK = tl.zeros([P, 16, SLICES, BK], operand)
     for i_slice in tl.range(0, SLICES):
         i_K = i_slice * BK + tl.arange(0, BK)
@@ -191,24 +201,37 @@ def prepare_kernel(
         at_PRK = row_PR1 * stride + i_K[None, None, :]
         at_work_PRK = row_PR1 * K + i_K[None, None, :]
         q_PRK = tl.load(q_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(tl.float32) * scale
-        k_PRK = tl.load(k_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(tl.float32)
-        e_PRK = tl.load(b_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(tl.float32) * k_PRK
+        k_PRK = tl.load(k_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(WIDE)
+        e_PRK = tl.load(b_ptr + at_head + at_PRK, mask=live_PRK, other=0.0).to(WIDE) * k_PRK
 
         # log2 of decays: `head` from the block's first row, `reach` to the next block's, `link` from one to the other
         later_PRK = live_PRK & (i_R > 0)[None, :, None]
         next_PRK = (row_PR1 + 1 < tokens) & (i_K < keys)[None, None, :]
-        g_head_PRK = tl.load(g_ptr + at_head + at_PRK, mask=later_PRK, other=0.0) * LOG2_E
-        g_next_PRK = tl.load(g_ptr + at_head + stride + at_PRK, mask=next_PRK, other=0.0) * LOG2_E
-        g_first_K = tl.load(g_ptr + at_head + i_K, mask=i_K < keys, other=0.0) * LOG2_E
+        g_head_PRK = tl.load(g_ptr + at_head + at_PRK, mask=later_PRK, other=0.0).to(WIDE) * LOG2_E
+        g_next_PRK = tl.load(g_ptr + at_head + stride + at_PRK, mask=next_PRK, other=0.0).to(WIDE) * LOG2_E
+        g_first_K = tl.load(g_ptr + at_head + i_K, mask=i_K < keys, other=0.0).to(WIDE) * LOG2_E
         head_PRK = tl.cumsum(g_head_PRK, 1)
         reach_PRK = tl.cumsum(g_next_PRK, 1, reverse=True)
         link_PK = tl.sum(g_next_PRK, 1)
         to_head_PRK = tl.exp2(head_PRK)
         to_reach_PRK = tl.exp2(reach_PRK)
 
+        before_PK = (along_blocks(link_PK, before_PP) + g_first_K[None, :]).to(tl.float32)
+        gamma_PRK = to_head_PRK.to(tl.float32) * tl.exp2(before_PK)[:, None, :]
+        tail_PRK = to_reach_PRK.to(tl.float32) * tl.exp2(along_blocks(link_PK, after_PP).to(tl.float32))[:, None, :]
+        tl.store(qd_ptr + at_slot * C * K + at_work_PRK, (q_PRK * gamma_PRK).to(operand))
+        tl.store(e_ptr + at_slot * C * K + at_work_PRK, (e_PRK.to(tl.float32) * gamma_PRK).to(operand))
+        if EXACT:
+            tl.store(kx_ptr + at_slot * C * K + at_work_PRK, k_PRK.to(tl.float32) * tail_PRK)
+        else:
+            here_S1 = (tl.arange(0, SLICES) == i_slice)[:, None]
+            kt_PRSK = tl.where(here_S1[None, None, :, :], (k_PRK * tail_PRK).to(operand)[:, :, None, :], kt_PRSK)
+        tl.store(decay_ptr + at_slot * K + i_K, tl.exp2(tl.sum(link_PK, 0) + g_first_K))
+
         k_PKR = tl.permute(k_PRK * tl.exp2(tl.minimum(-head_PRK, SPAN)), (0, 2, 1))
-        t_slice_PRR = tl.dot(e_PRK * to_head_PRK, k_PKR, input_precision=FINE)
-        aqk_slice_PRR = tl.dot(q_PRK * to_head_PRK, k_PKR, input_precision=ROUGH)
+        t_slice_PRR = tl.dot(e_PRK * to_head_PRK, k_PKR, input_precision=FINE, out_dtype=WIDE)
+        qd_PRK = (q_PRK * to_head_PRK).to(tl.float32)
+        aqk_slice_PRR = tl.dot(qd_PRK, k_PKR.to(tl.float32), input_precision=ROUGH)
         if tl.min(head_PRK) < -SPAN:
             t, aqk = pairwise(q_PRK, e_PRK, k_ptr + at_head, g_ptr + at_head, at_PRK, live_PRK, stride)
             steep_PR1 = tl.min(head_PRK, 2)[:, :, None] < -SPAN
@@ -217,49 +240,47 @@ def prepare_kernel(
         t_PRR += t_slice_PRR
         aqk_PRR += aqk_slice_PRR
 
-        gamma_PRK = to_head_PRK * tl.exp2(along_blocks(link_PK, before_PP) + g_first_K[None, :])[:, None, :]
-        tail_PRK = to_reach_PRK * tl.exp2(along_blocks(link_PK, after_PP))[:, None, :]
-        tl.store(qd_ptr + at_slot * C * K + at_work_PRK, (q_PRK * gamma_PRK).to(operand))
-        tl.store(e_ptr + at_slot * C * K + at_work_PRK, (e_PRK * gamma_PRK).to(operand))
-        if EXACT:
-            tl.store(kx_ptr + at_slot * C * K + at_work_PRK, k_PRK * tail_PRK)
-        else:
-            here_S1 = (tl.arange(0, SLICES) == i_slice)[:, None]
-            kt_PRSK = tl.where(here_S1[None, None, :, :], (k_PRK * tail_PRK).to(operand)[:, :, None, :], kt_PRSK)
-        tl.store(decay_ptr + at_slot * K + i_K, tl.exp2(tl.sum(link_PK, 0) + g_first_K))
-
         # pairs of blocks, then of halves: rows of the later one, columns of the earlier one, both from its first row
         x_PRK = tl.where(odd_P11, to_head_PRK, to_reach_PRK)
         e_CK, q_CK = tl.reshape(e_PRK * x_PRK, [C, BK]), tl.reshape(q_PRK * x_PRK, [C, BK])
         k_CK = tl.reshape(k_PRK * x_PRK, [C, BK])
-        t_near_CC, aqk_near_CC = scores(e_CK, q_CK, k_CK, t_near_CC, aqk_near_CC, operand)
+        t_CC, aqk_CC = scores(e_CK, q_CK, k_CK, near_CC, t_CC, aqk_CC, operand)
         x_PRK = tl.where(late_P11, to_head_PRK, to_reach_PRK) * tl.exp2(along_blocks(link_PK, middle_PP))[:, None, :]
         e_CK, q_CK = tl.reshape(e_PRK * x_PRK, [C, BK]), tl.reshape(q_PRK * x_PRK, [C, BK])
         k_CK = tl.reshape(k_PRK * x_PRK, [C, BK])
-        t_far_CC, aqk_far_CC = scores(e_CK, q_CK, k_CK, t_far_CC, aqk_far_CC, operand)
+        if EXACT:
+            t_CC, aqk_CC = scores(e_CK, q_CK, k_CK, far_CC, t_CC, aqk_CC, operand)
+        else:
+            t_far_CC, aqk_far_CC = scores(e_CK, q_CK, k_CK, far_CC, t_far_CC, aqk_far_CC, operand)
 
     at_CC = i_C[:, None] * C + i_C[None, :]
     aqk_PRR = tl.where((i_R[:, None] >= i_R[None, :])[None, :, :], aqk_PRR, 0.0)
-    aqk_CC = on_diagonal(aqk_PRR) + tl.where(block_C1 > block_1C, tl.where(near_CC, aqk_near_CC, aqk_far_CC), 0.0)
-    a_CC = invert(t_PRR, tl.where(near_CC, t_near_CC, t_far_CC), operand)
+    if not EXACT:
+        t_CC = tl.where(near_CC, t_CC, t_far_CC)
+        aqk_CC = tl.where(near_CC, aqk_CC, tl.where(far_CC, aqk_far_CC, 0.0))
+    aqk_CC += on_diagonal(aqk_PRR)
     if EXACT:
-        tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=block_C1 >= block_1C)
-        tl.store(ax_ptr + at_slot * C * C + at_CC, aqk_CC, mask=block_C1 >= block_1C)
-        tl.debug_barrier()  # they and Kt come back in slices that other threads wrote
-        ax_CC = loaded_product(ax_ptr + at_slot * C * C, C, 1, a_CC, tl.zeros([C, C], tl.float32), 1)
+        tl.store(ax_ptr + at_slot * C * C + at_CC, aqk_CC, mask=up_to_CC)
+    a_CC = invert(t_PRR, t_CC, operand)
+    if EXACT:
+        tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=up_to_CC)
+        tl.debug_barrier()  # Aqk and Kt come back from other threads
+        aqk_CC = tl.load(ax_ptr + at_slot * C * C + at_CC, mask=up_to_CC, other=0.0)
+        ax_CC = product(aqk_CC.to(WIDE), a_CC, tl.zeros([C, C], WIDE), operand)
         tl.debug_barrier()
-        tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC, mask=block_C1 >= block_1C)
+        tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC, mask=up_to_CC)
         for i_slice in tl.range(0, SLICES):
             at_CK = at_slot * C * K + i_C[:, None] * K + (i_slice * BK + tl.arange(0, BK))[None, :]
-            kx_CK = applied(a_ptr + at_slot * C * C, C, tl.load(kx_ptr + at_CK), operand, True)
+            kt_CK = tl.load(kx_ptr + at_CK).to(WIDE)
+            kx_CK = product(tl.trans(a_CC), kt_CK, tl.zeros([C, BK], WIDE), operand)
             tl.debug_barrier()
             tl.store(kx_ptr + at_CK, kx_CK)
     else:
         if a_ptr is not None:  # noqa: SIM102, absence is known when compiling; in a cubin it is there, null unless keep_a
             if keep_a:
-                tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=block_C1 >= block_1C)
+                tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=up_to_CC)
         ax_CC = product(aqk_CC, a_CC, tl.zeros([C, C], tl.float32), operand)
-        tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC.to(operand), mask=block_C1 >= block_1C)
+        tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC.to(operand), mask=up_to_CC)
         kx_CK = product(tl.trans(a_CC), tl.reshape(kt_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
         tl.store(kx_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], kx_CK.to(operand))
 

@@ -16,8 +16,8 @@ SLICE = tl.constexpr(16)
 def product(a, b, acc, dtype: tl.constexpr):
     """acc + a b of float32 tiles that T and A are made of or act by: a rounding there grows with every later token.
 
-    To 8 times the digits of q's dtype or more: bfloat16 in tf32, float16 in two halves of each number. b may have
-    q's dtype.
+    To 8 times the digits of q's dtype or more: bfloat16 in tf32, float16 in two halves of each number, float32 in
+    float64 where a, b and acc are of float64. b may have q's dtype.
     """
     if dtype == tl.float16:
         a_high, b_high = a.to(dtype), b.to(dtype)
@@ -28,13 +28,13 @@ def product(a, b, acc, dtype: tl.constexpr):
     elif dtype == tl.bfloat16:
         return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32")
     elif a.shape[-1] == SLICE:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
     else:
         a_MSN = tl.reshape(a, [a.shape[0], a.shape[1] // SLICE, SLICE])
         for i_slice in tl.range(0, a.shape[1] // SLICE):
             here_S1 = (tl.arange(0, a.shape[1] // SLICE) == i_slice)[:, None]
             a_MN = tl.sum(tl.where(here_S1[None, :, :], a_MSN, 0.0), 1)
-            acc = tl.dot(a_MN, rows(b, i_slice), acc, input_precision="ieee")
+            acc = tl.dot(a_MN, rows(b, i_slice), acc, input_precision="ieee", out_dtype=acc.dtype)
         return acc
 
 
@@ -67,18 +67,15 @@ def triangle(a_ptr_MN, i_M, i_N, TRIANGLE: tl.constexpr):
 
 
 @triton.jit
-def applied(a_ptr, C: tl.constexpr, x_CV, dtype: tl.constexpr, TRANSPOSED: tl.constexpr = False):
-    """A x for A in memory, as `product`, or A^T x."""
-    row_stride: tl.constexpr = 1 if TRANSPOSED else C
-    column_stride: tl.constexpr = C if TRANSPOSED else 1
-    TRIANGLE: tl.constexpr = -1 if TRANSPOSED else 1
+def applied(a_ptr, C: tl.constexpr, x_CV, dtype: tl.constexpr):
+    """A x for A in memory, as `product`."""
     acc_CV = tl.zeros(x_CV.shape, tl.float32)
     if dtype == tl.float32:
-        return loaded_product(a_ptr, row_stride, column_stride, x_CV, acc_CV, TRIANGLE)
+        return loaded_product(a_ptr, C, 1, x_CV, acc_CV, 1)
     else:
         i_C = tl.arange(0, C)
-        at_CC = i_C[:, None] * row_stride + i_C[None, :] * column_stride
-        return product(triangle(a_ptr + at_CC, i_C, i_C, TRIANGLE), x_CV, acc_CV, dtype)
+        at_CC = i_C[:, None] * C + i_C[None, :]
+        return product(triangle(a_ptr + at_CC, i_C, i_C, 1), x_CV, acc_CV, dtype)
 
 
 @triton.jit
