@@ -8,18 +8,18 @@ those operands:
     dS before the chunk = Diag(decay) dS + Qd^T dO - E^T dX
 
 `recur_back`: one program per (sequence, value head, BV value channels), from the last chunk to the first, dS in
-              registers. Writes dS after each group of chunks, dX, dv, dw and the gradient of the initial state.
-`gradients` (gradients.py): one program per (chunk, key head), in parallel over all chunks: the rest of (9) and (10),
-              and (11)-(13). It adds over the value heads of the group itself: no atomics, the same bits every time.
+              registers. Writes dS after each group of chunks, dX and the gradient of the initial state.
+`gradients` (gradients.py): one program per (group of chunks, key head), in parallel over all groups: the rest of (9)
+              and (10), and (11)-(13). It adds over the value heads of the group itself: no atomics, the same bits
+              every time. Last, where R and dX were, dv and dw.
 
 Letters, slots and groups as in chunk_forward.py. Between the two: dstates like states [groups, HV, key_size,
-value_size] and dx like r [B, T, HV, V], in q's dtype, rounded as operands of a tensor core are: float16 overflows where
-dS does.
+value_size] and dX like R [B, T, HV, V], in q's dtype, rounded as operands of a tensor core are: float16 overflows where
+dS does. R waits in the memory of dv, dX in that of dw, until a program of `gradients` has read all it needs of them.
 
-Memory. At most, over inputs and gradients: two states of a group, R and dX, that is e V (2 K / (3 C) + 2) bytes for a
-token and value head, e bytes a number: 853 for bfloat16 and heads of 128. With both states of every chunk it would be
-1,536; one state of every chunk alone is 512, the gradients are 1,792. The workspace of `prepare` is freed before dq,
-dk, dg and db are made, which take about as much: 1,160 bytes and 1,280 there.
+Memory. At most, over inputs and gradients: two states of a group, that is 2 e K V / (3 C) bytes for a token and value
+head, e bytes a number: 341 for bfloat16 and heads of 128. One state of every chunk is 512, the gradients are 1,792. The
+workspace of `prepare` is freed before dq, dk, dg and db are made, which take more: 1,160 bytes and 1,280 there.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ def recur_back_kernel(
     kx_ptr,
     ax_ptr,
     decay_ptr,
-    v_ptr,
-    w_ptr,
     do_ptr,
     dfinal_state_ptr,
     cu_seqlens_ptr,
@@ -57,8 +55,6 @@ def recur_back_kernel(
     value_size,
     # outputs
     dx_ptr,
-    dv_ptr,
-    dw_ptr,
     dstates_ptr,
     dstate_ptr,
     # constexprs
@@ -104,10 +100,6 @@ def recur_back_kernel(
         dx_CV = loaded_product(ax_ptr + at_slot * C * C, 1, C, do_CV, tl.zeros([C, BV], tl.float32), -1)
         dx_CV = loaded_product(kx_ptr + at_slot * C * K, K, 1, operand_KV, dx_CV)
         tl.store(dx_ptr + at_token + at_CV, dx_CV.to(operand), mask=live_CV)
-        w_CV = tl.load(w_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
-        tl.store(dv_ptr + at_token + at_CV, (dx_CV * w_CV).to(operand), mask=live_CV)
-        v_CV = tl.load(v_ptr + at_token + at_CV, mask=live_CV, other=0.0).to(tl.float32)
-        tl.store(dw_ptr + at_token + at_CV, (dx_CV * v_CV).to(operand), mask=live_CV)
 
         dstate_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
         dstate_KV = loaded_product(qd_ptr + at_slot * C * K, 1, K, do_CV, dstate_KV)
@@ -117,12 +109,12 @@ def recur_back_kernel(
 
 def _described(name: str, masked: int) -> Kernel:
     types = dict.fromkeys(("e", "qd", "kx", "ax"), "*q") | {"decay": "*fp32"}
-    types |= dict.fromkeys(("v", "w", "do"), "*q") | {"dfinal_state": "*fp32", "cu_seqlens": "*i64"}
+    types |= {"do": "*q", "dfinal_state": "*fp32", "cu_seqlens": "*i64"}
     types |= dict.fromkeys(("T", "H", "HV", "key_size", "value_size"), "i32")
     return Kernel(
         name=name,
         function=recur_back_kernel,
-        types=types | dict.fromkeys(("dx", "dv", "dw", "dstates"), "*q") | {"dstate": "*fp32"},
+        types=types | {"dx": "*q", "dstates": "*q", "dstate": "*fp32"},
         options={"STATE": (0, 1), "PACKED": (0, 1), "MASKED": (masked,)},
         grid="(N * HV * V / BV, 1, 1)",
     )
@@ -151,48 +143,33 @@ def chunk_backward(
     do, q, k, v, g, b, w = (x.contiguous() for x in (do, q, k, v, g, b, w))
     dfinal_state, cu_seqlens = (None if x is None else x.contiguous() for x in (dfinal_state, cu_seqlens))
     prepared = prepare(q, k, g, b, cu_seqlens, scale, keep_a=True)
-    states, r = recur_for_backward(prepared, v, w, state, cu_seqlens, key_size)
-    dx, dv, dw, dstates = (torch.empty_like(x) for x in (v, v, w, states))
+    states, dv = recur_for_backward(prepared, v, w, state, cu_seqlens, key_size)  # R
+    dw, dstates = torch.empty_like(w), torch.empty_like(states)  # dX
     dstate = g.new_empty(N, HV, key_size, value_size)
     packed, masked = int(cu_seqlens is not None), is_masked(key_size, value_size)
+    operands = (prepared.e, prepared.qd, prepared.kx, prepared.ax, prepared.decay)
     RECUR_BACK[masked].launch(
         lambda c: (N * HV * (c["V"] // c["BV"]),),
         v.device,
         v.dtype,
         key_size,
         value_size,
-        *(
-            prepared.e,
-            prepared.qd,
-            prepared.kx,
-            prepared.ax,
-            prepared.decay,
-            v,
-            w,
-            do,
-            dfinal_state,
-            cu_seqlens,
-            T,
-            H,
-            HV,
-            key_size,
-            value_size,
-        ),
-        *(dx, dv, dw, dstates, dstate),
+        *(*operands, do, dfinal_state, cu_seqlens, T, H, HV, key_size, value_size),
+        *(dw, dstates, dstate),
         STATE=int(dfinal_state is not None),
         PACKED=packed,
         MASKED=masked,
     )
-    del prepared
+    del prepared, operands
     dq, dk, dg, db = (torch.empty_like(x) for x in (q, k, g, b))
     GRADIENTS.launch(
-        (states.shape[0] * GROUP.value * H,),
+        (states.shape[0] * H,),
         q.device,
         q.dtype,
         key_size,
         value_size,
-        *(q, k, g, b, do, dx, r, states, dstates, cu_seqlens, T, H, HV, N, key_size, value_size, scale),
-        *(dq, dk, dg, db),
+        *(q, k, g, b, v, w, do, states, dstates, cu_seqlens, T, H, HV, N, key_size, value_size, scale),
+        *(dq, dk, dg, db, dv, dw),
         PACKED=packed,
         MASKED=masked,
     )

@@ -1,13 +1,16 @@
-"""`gradients`: dq, dk, dg, db of a chunk, once a state of its group, R and dX are known. Letters: chunk_backward.py.
+"""`gradients`: dq, dk, dg, db of a group of chunks, once its states, R and dX are known, and dv, dw. Letters:
+chunk_backward.py.
 
 The mathematics on tiles is in pulls.py; here is what is read and what is written. Of a group of three chunks S before
 the first and dS after the last are in memory: each chunk carries what it lacks over the other two, S over those before
 it, dS over those after it. Tokens of a block whose decays are too steep for one anchor owe each other what the pairwise
 form says: it adds to the stored gradients, block by block, so that the registers it needs are not live beside the rest.
 
+One program has a group's chunks one after the other: all that reads its R and dX. So dv and dw take their place.
+
 Registers. What does not change from slice to slice the compiler makes once, and keeps: masks of a chunk by a chunk, and
-what is left of dP and dT behind them, three times over. `unknown` is a zero that it cannot see through; what is made of
-it is made anew in every slice. Without it the kernel spills.
+what is left of dP and dT behind them, three times over, and where the tensors are. `unknown` is a zero that it cannot
+see through; what is made of it is made anew in every slice. Without it the kernel spills.
 """
 
 from __future__ import annotations
@@ -37,9 +40,9 @@ def gradients_kernel(
     k_ptr,
     g_ptr,
     b_ptr,
+    v_ptr,
+    w_ptr,
     do_ptr,
-    dx_ptr,
-    r_ptr,
     states_ptr,
     dstates_ptr,
     cu_seqlens_ptr,
@@ -51,11 +54,13 @@ def gradients_kernel(
     key_size,
     value_size,
     scale,
-    # outputs
+    # outputs; before, R is where dv will be and dX where dw will be
     dq_ptr,
     dk_ptr,
     dg_ptr,
     db_ptr,
+    dv_ptr,
+    dw_ptr,
     # constexprs
     K: tl.constexpr,
     V: tl.constexpr,
@@ -67,72 +72,88 @@ def gradients_kernel(
 ):
     operand: tl.constexpr = q_ptr.dtype.element_ty
     SPAN: tl.constexpr = 4.0 if operand == tl.float32 else 100.0  # octaves; float32: more would cost digits
-    i_group, i_chunk, i_h = (
-        tl.program_id(0) // (GROUP.value * H),
-        tl.program_id(0) // H % GROUP.value,
-        tl.program_id(0) % H,
-    )
+    i_group, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     first, group_tokens = locate(cu_seqlens_ptr, i_group, T, N, GROUP.value * C, PACKED)
-    if group_tokens <= i_chunk * C:
+    first = first.to(tl.int32)
+    if group_tokens <= 0:
         return
     keys, values = key_size if MASKED else K, value_size if MASKED else V
     group, stride, value_stride = HV // H, H * keys, HV * values
     parts = group * (V // BV)
-    at_states = (i_group.to(tl.int64) * HV + i_h * group) * keys * values
-    at_keys = ((first + i_chunk * C) * H + i_h) * keys
-    at_values = ((first + i_chunk * C) * HV + i_h * group) * values
-    do, dx, r = do_ptr + at_values, dx_ptr + at_values, r_ptr + at_values
-    dp_CC, dt_CC = pull_scores(
-        *(do, dx, r, tl.minimum(group_tokens - i_chunk * C, C), value_stride, values, parts, scale, C, V, BV)
-    )
-    dp_CC, dt_CC = dp_CC.to(operand), dt_CC.to(operand)
-    for i_slice in tl.range(0, K // BK, disable_licm=True):
-        unknown = tl.minimum(group_tokens, group_tokens + i_slice) - group_tokens
-        i_c, i_C, i_K = i_chunk + unknown, tl.arange(0, C) + unknown, i_slice * BK + tl.arange(0, BK)
-        tokens = tl.minimum(group_tokens - i_c * C, C)
-        to_far, far_tokens, to_near, near_tokens = others(i_c, group_tokens, C)
-        at_far, at_near = at_keys + to_far * stride, at_keys + to_near * stride
-        far_K, far_x_CK, far_y_CK = carriers(
-            *(q_ptr + at_far, k_ptr + at_far, g_ptr + at_far, b_ptr + at_far, i_C, i_K, keys),
-            *(far_tokens, stride, scale, i_c > 0, operand),
+    for i_chunk in tl.range(0, tl.cdiv(group_tokens, C), disable_licm=True):
+        at = ((first + i_chunk * C).to(tl.int64) * HV + i_h * group) * values
+        dp_CC, dt_CC = pull_scores(
+            *(do_ptr + at, dw_ptr + at, dv_ptr + at, tl.minimum(group_tokens - i_chunk * C, C)),
+            *(value_stride, values, parts, scale, C, V, BV),
         )
-        near_K, near_x_CK, near_y_CK = carriers(
-            *(q_ptr + at_near, k_ptr + at_near, g_ptr + at_near, b_ptr + at_near, i_C, i_K, keys),
-            *(near_tokens, stride, scale, i_c > 1, operand),
-        )
-        dq_CK, de_CK, dk_CK, ddecay_K = pull_states(
-            *(do, dx, r, states_ptr + at_states, dstates_ptr + at_states, i_C, i_K, keys),
-            *(far_K, far_x_CK, far_y_CK, to_far * value_stride, far_tokens, i_c > 0),
-            *(near_K, near_x_CK, near_y_CK, to_near * value_stride, near_tokens, i_c > 1),
-            *(tokens, value_stride, values, parts, V, BV),
-        )
-        at_CK = i_C[:, None] * stride + i_K[None, :]
-        live_CK = (i_C < tokens)[:, None] & (i_K < keys)[None, :]
-        q_CK = tl.load(q_ptr + at_keys + at_CK, mask=live_CK, other=0.0).to(tl.float32)
-        k_CK = tl.load(k_ptr + at_keys + at_CK, mask=live_CK, other=0.0).to(tl.float32)
-        b_CK = tl.load(b_ptr + at_keys + at_CK, mask=live_CK, other=0.0).to(tl.float32)
-        head_CK, reach_CK, link_PK, first_K = spans(g_ptr + at_keys, i_C, i_K, keys, tokens, stride)
-        steep = tl.min(head_CK) < -SPAN
-        dq_CK, dk_CK, dg_CK, db_CK = pull_chunk(
-            *(dp_CC, dt_CC, q_CK, k_CK, b_CK, dq_CK, de_CK, dk_CK, ddecay_K),
-            *(head_CK, reach_CK, link_PK, first_K, scale, steep, i_C, operand),
-        )
-        tl.store(dg_ptr + at_keys + at_CK, dg_CK, mask=live_CK)
-        tl.store(dq_ptr + at_keys + at_CK, dq_CK.to(operand), mask=live_CK)
-        tl.store(dk_ptr + at_keys + at_CK, dk_CK.to(operand), mask=live_CK)
-        tl.store(db_ptr + at_keys + at_CK, db_CK.to(operand), mask=live_CK)
-        if steep:
-            tl.debug_barrier()  # other threads read what was stored
-            for i_p in tl.range(0, tl.cdiv(tokens, 16)):
-                below, left = i_p * 16 * value_stride, tokens - i_p * 16
-                dp_RR, dt_RR = pull_scores(
-                    *(do + below, dx + below, r + below, left, value_stride, values, parts, scale, 16, V, BV)
-                )
-                at = at_keys + i_p * 16 * stride
-                add_pairwise(
-                    *(q_ptr + at, k_ptr + at, g_ptr + at, b_ptr + at, dq_ptr + at, dk_ptr + at, dg_ptr + at),
-                    *(db_ptr + at, dp_RR, dt_RR, i_K, keys, left, stride),
-                )
+        dp_CC, dt_CC = dp_CC.to(operand), dt_CC.to(operand)
+        for i_slice in tl.range(0, K // BK, disable_licm=True):
+            unknown = tl.minimum(group_tokens, group_tokens + i_slice) - group_tokens
+            i_c, i_C, i_K = i_chunk + unknown, tl.arange(0, C) + unknown, i_slice * BK + tl.arange(0, BK)
+            program = tl.program_id(0) + unknown
+            row = (first + i_c * C).to(tl.int64)
+            at_keys = (row * H + program % H) * keys
+            at_values = (row * HV + program % H * group) * values
+            at_states = ((program // H).to(tl.int64) * HV + program % H * group) * keys * values
+            do, dx, r = do_ptr + at_values, dw_ptr + at_values, dv_ptr + at_values
+            tokens = tl.minimum(group_tokens - i_c * C, C)
+            to_far, far_tokens, to_near, near_tokens = others(i_c, group_tokens, C)
+            at_far, at_near = at_keys + to_far * stride, at_keys + to_near * stride
+            far_K, far_x_CK, far_y_CK = carriers(
+                *(q_ptr + at_far, k_ptr + at_far, g_ptr + at_far, b_ptr + at_far, i_C, i_K, keys),
+                *(far_tokens, stride, scale, i_c > 0, operand),
+            )
+            near_K, near_x_CK, near_y_CK = carriers(
+                *(q_ptr + at_near, k_ptr + at_near, g_ptr + at_near, b_ptr + at_near, i_C, i_K, keys),
+                *(near_tokens, stride, scale, i_c > 1, operand),
+            )
+            dq_CK, de_CK, dk_CK, ddecay_K = pull_states(
+                *(do, dx, r, states_ptr + at_states, dstates_ptr + at_states, i_C, i_K, keys),
+                *(far_K, far_x_CK, far_y_CK, to_far * value_stride, far_tokens, i_c > 0),
+                *(near_K, near_x_CK, near_y_CK, to_near * value_stride, near_tokens, i_c > 1),
+                *(tokens, value_stride, values, parts, V, BV),
+            )
+            at_CK = i_C[:, None] * stride + i_K[None, :]
+            live_CK = (i_C < tokens)[:, None] & (i_K < keys)[None, :]
+            q_CK = tl.load(q_ptr + at_keys + at_CK, mask=live_CK, other=0.0).to(tl.float32)
+            k_CK = tl.load(k_ptr + at_keys + at_CK, mask=live_CK, other=0.0).to(tl.float32)
+            b_CK = tl.load(b_ptr + at_keys + at_CK, mask=live_CK, other=0.0).to(tl.float32)
+            head_CK, reach_CK, link_PK, first_K = spans(g_ptr + at_keys, i_C, i_K, keys, tokens, stride)
+            steep = tl.min(head_CK) < -SPAN
+            dq_CK, dk_CK, dg_CK, db_CK = pull_chunk(
+                *(dp_CC, dt_CC, q_CK, k_CK, b_CK, dq_CK, de_CK, dk_CK, ddecay_K),
+                *(head_CK, reach_CK, link_PK, first_K, scale, steep, i_C, operand),
+            )
+            tl.store(dg_ptr + at_keys + at_CK, dg_CK, mask=live_CK)
+            tl.store(dq_ptr + at_keys + at_CK, dq_CK.to(operand), mask=live_CK)
+            tl.store(dk_ptr + at_keys + at_CK, dk_CK.to(operand), mask=live_CK)
+            tl.store(db_ptr + at_keys + at_CK, db_CK.to(operand), mask=live_CK)
+            if steep:
+                tl.debug_barrier()  # other threads read what was stored
+                for i_p in tl.range(0, tl.cdiv(tokens, 16)):
+                    below, left = i_p * 16 * value_stride, tokens - i_p * 16
+                    dp_RR, dt_RR = pull_scores(
+                        *(do + below, dx + below, r + below, left, value_stride, values, parts, scale, 16, V, BV)
+                    )
+                    at = at_keys + i_p * 16 * stride
+                    add_pairwise(
+                        *(q_ptr + at, k_ptr + at, g_ptr + at, b_ptr + at, dq_ptr + at, dk_ptr + at, dg_ptr + at),
+                        *(db_ptr + at, dp_RR, dt_RR, i_K, keys, left, stride),
+                    )
+
+    tl.debug_barrier()  # other threads read R and dX
+    for part in tl.range(0, parts):
+        i_V = part % (V // BV) * BV + tl.arange(0, BV)
+        for i_chunk in tl.range(0, tl.cdiv(group_tokens, C)):
+            i_C = i_chunk * C + tl.arange(0, C)
+            at = (first.to(tl.int64) * HV + (tl.program_id(0) + tl.minimum(part, 0)) % H * group) * values
+            at_CV = i_C[:, None] * value_stride + (part // (V // BV) * values + i_V)[None, :]
+            live_CV = (i_C < group_tokens)[:, None] & (i_V < values)[None, :]
+            dx_CV = tl.load(dw_ptr + at + at_CV, mask=live_CV, other=0.0).to(tl.float32)
+            w_CV = tl.load(w_ptr + at + at_CV, mask=live_CV, other=0.0).to(tl.float32)
+            tl.store(dv_ptr + at + at_CV, (dx_CV * w_CV).to(operand), mask=live_CV)
+            v_CV = tl.load(v_ptr + at + at_CV, mask=live_CV, other=0.0).to(tl.float32)
+            tl.store(dw_ptr + at + at_CV, (dx_CV * v_CV).to(operand), mask=live_CV)
 
 
 GRADIENTS = Kernel(
@@ -140,10 +161,11 @@ GRADIENTS = Kernel(
     function=gradients_kernel,
     types=dict.fromkeys(("q", "k"), "*q")
     | {"g": "*fp32"}
-    | dict.fromkeys(("b", "do", "dx", "r", "states", "dstates"), "*q")
+    | dict.fromkeys(("b", "v", "w", "do", "states", "dstates"), "*q")
     | {"cu_seqlens": "*i64"}
     | dict.fromkeys(("T", "H", "HV", "N", "key_size", "value_size"), "i32")
-    | {"scale": "fp32", "dq": "*q", "dk": "*q", "dg": "*fp32", "db": "*q"},
+    | {"scale": "fp32", "dq": "*q", "dk": "*q", "dg": "*fp32"}
+    | dict.fromkeys(("db", "dv", "dw"), "*q"),
     options={"PACKED": (0, 1), "MASKED": (0, 1)},
-    grid="(3 * groups * H, 1, 1)",
+    grid="(groups * H, 1, 1)",
 )
