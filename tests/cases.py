@@ -163,7 +163,7 @@ def gradient_sizes(outputs_and_grads: list[Tensor], x: Inputs) -> list[float]:
 
 
 def assert_equal_to(got: Tensor, want: Tensor, relative: float, what: str = "", size: float | None = None) -> None:
-    """For float64: the largest error is at most `relative` times the largest wanted number."""
+    """For numbers without a budget: the largest error is at most `relative` times the largest wanted number."""
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     assert got.isfinite().all(), f"{what}: not finite"
     error, allowed = _largest(got - want), relative * (_largest(want) if size is None else size)

@@ -143,11 +143,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("HV", [2, 4])
-def test_memory_at_most(HV, monkeypatch):
+@pytest.mark.parametrize("HV, K", [(2, 128), (4, 128), (2, 64), (2, 256)])
+def test_memory_at_most(HV, K, monkeypatch):
     """Less than one state of every chunk over the gradients: two states for three chunks."""
     monkeypatch.setattr(Kernel, "launch", lambda *arguments, **options: None)
-    T, H, K, V = 3 * 64 * 5, 2, 128, 128
+    T, H, V = 3 * 64 * 5, 2, K
     keys, values = torch.empty(1, T, H, K, dtype=torch.bfloat16), torch.empty(1, T, HV, V, dtype=torch.bfloat16)
     x = Inputs(keys, keys, values, keys.float(), keys, values, torch.empty(1, HV, K, V))
     with LiveBytes() as memory:

@@ -230,6 +230,6 @@ def test_no_kernel_spills_and_all_but_float32_use_the_tensor_cores_of_hopper(com
     old = triton.__version__.startswith("3.6.")
     for row in compiled:
         spilled = 8 if old and (row["kernel"], row["dtype"]) == ("prepare", "fp32") else 0
-        assert row["stack"] <= spilled, row
+        assert row["stack"] <= spilled and (spilled or row["LDL"] == row["STL"] == 0), row
         assert (row["HGMMA"] > 0) == (row["dtype"] != "fp32") and row["shared"] <= 227 << 10, row
         assert row["BAR"] < 128, row  # of prepare; one substitution of 64 rows has more

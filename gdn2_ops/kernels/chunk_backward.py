@@ -17,9 +17,12 @@ Letters, slots and groups as in chunk_forward.py. Between the two: dstates like 
 value_size] and dX like R [B, T, HV, V], in q's dtype, rounded as operands of a tensor core are: float16 overflows where
 dS does. R waits in the memory of dv, dX in that of dw, until a program of `gradients` has read all it needs of them.
 
-Memory. At most, over inputs and gradients: two states of a group, that is 2 e K V / (3 C) bytes for a token and value
-head, e bytes a number: 341 for bfloat16 and heads of 128. One state of every chunk is 512, the gradients are 1,792. The
-workspace of `prepare` is freed before dq, dk, dg and db are made, which take more: 1,160 bytes and 1,280 there.
+dv and dw are products of a dX that has been rounded.
+
+Memory. At most, over inputs and gradients, for long sequences and heads of the compiled sizes: two states of a group,
+that is 2 e K V / (3 C) bytes for a token and value head, e bytes a number: 341 for bfloat16 and heads of 128. One state
+of every chunk is 512, the gradients are 1,792. A is freed after `recur`, the rest of the workspace of `prepare` before
+dq, dk, dg and db are made, which take more: 904 bytes and 1,280 there. Smaller heads pad the workspace, not those.
 """
 
 from __future__ import annotations
@@ -144,10 +147,11 @@ def chunk_backward(
     dfinal_state, cu_seqlens = (None if x is None else x.contiguous() for x in (dfinal_state, cu_seqlens))
     prepared = prepare(q, k, g, b, cu_seqlens, scale, keep_a=True)
     states, dv = recur_for_backward(prepared, v, w, state, cu_seqlens, key_size)  # R
+    operands = (prepared.e, prepared.qd, prepared.kx, prepared.ax, prepared.decay)
+    del prepared  # and A with it
     dw, dstates = torch.empty_like(w), torch.empty_like(states)  # dX
     dstate = g.new_empty(N, HV, key_size, value_size)
     packed, masked = int(cu_seqlens is not None), is_masked(key_size, value_size)
-    operands = (prepared.e, prepared.qd, prepared.kx, prepared.ax, prepared.decay)
     RECUR_BACK[masked].launch(
         lambda c: (N * HV * (c["V"] // c["BV"]),),
         v.device,
@@ -160,7 +164,7 @@ def chunk_backward(
         PACKED=packed,
         MASKED=masked,
     )
-    del prepared, operands
+    del operands
     dq, dk, dg, db = (torch.empty_like(x) for x in (q, k, g, b))
     GRADIENTS.launch(
         (states.shape[0] * H,),

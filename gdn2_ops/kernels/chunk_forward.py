@@ -18,7 +18,7 @@ The workspace, written by `prepare`. Chunk c of sequence n has slot n ceil(T / C
 begin_n // C + n instead, which needs no table: there are T // C + N slots and those left over are never touched.
 Groups of GROUP chunks have places of their own, by the same rule with GROUP C. Tokens past the end of a sequence are
 rows of zeros, of A the identity's; blocks of 16 above the diagonals of Ax and A are not touched. A is for the backward
-pass, and for `prepare` itself in float32. q's dtype, but a and decay are float32:
+pass. q's dtype, but a and decay are float32:
 
     e, qd, kx [slots, H, C, K]      ax, a [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
     BACKWARD:  states [groups, HV, key_size, value_size], q's dtype      r [B, T, HV, V] like v

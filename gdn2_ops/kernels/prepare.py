@@ -7,8 +7,9 @@ stand on its first row and one of them is 1 / gamma: right in rows that decayed 
 slice of keys has rows with more, the pairwise form makes them, sixteen diagonals at a time; the branch is one for the
 program, the choice is of the row, so that no token knows what comes after it.
 
-Digits. A rounding of T grows in A by the length of the chunk, and T has those of the decays in it. In float32 the
-decays, T, A, Kx and Ax are float64 until they are stored, on its tensor cores where a GPU has them (decision 0005).
+Digits. A rounding of T grows in A by the length of the chunk, and T has those of its decays in it. In float32 T, its
+decays, A, and what A multiplies, are float64 until they are stored, on its tensor cores where a GPU has them (decision
+0005); gamma and tail are float32.
 
 Kt waits for A in registers, in float32, which has none to spare, where Kx will be; there Aqk waits where Ax will be.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -262,8 +262,10 @@ def prepare_kernel(
     if EXACT:
         tl.store(ax_ptr + at_slot * C * C + at_CC, aqk_CC, mask=up_to_CC)
     a_CC = invert(t_PRR, t_CC, operand)
+    if a_ptr is not None:  # noqa: SIM102, absence is known when compiling; in a cubin it is there, null unless keep_a
+        if keep_a:
+            tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=up_to_CC)
     if EXACT:
-        tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=up_to_CC)
         tl.debug_barrier()  # Aqk and Kt come back from other threads
         aqk_CC = tl.load(ax_ptr + at_slot * C * C + at_CC, mask=up_to_CC, other=0.0)
         ax_CC = product(aqk_CC.to(WIDE), a_CC, tl.zeros([C, C], WIDE), operand)
@@ -276,9 +278,6 @@ def prepare_kernel(
             tl.debug_barrier()
             tl.store(kx_ptr + at_CK, kx_CK)
     else:
-        if a_ptr is not None:  # noqa: SIM102, absence is known when compiling; in a cubin it is there, null unless keep_a
-            if keep_a:
-                tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=up_to_CC)
         ax_CC = product(aqk_CC, a_CC, tl.zeros([C, C], tl.float32), operand)
         tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC.to(operand), mask=up_to_CC)
         kx_CK = product(tl.trans(a_CC), tl.reshape(kt_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
@@ -345,12 +344,12 @@ def prepare(
 ) -> Workspace:
     """Launches `prepare`. Tensors of other strides than contiguous ones are copied, here and below.
 
-    keep_a: whether A is wanted; float32 has it anyway, as it has no registers for it.
+    keep_a: whether A is wanted.
     """
     (B, T, H, key_size), K = q.shape, tiles.head_size(q.shape[3])
     chunks = slots(B, T, cu_seqlens, C)
     e, qd, kx = (q.new_empty(chunks, H, C, K) for _ in range(3))
-    a = g.new_empty(chunks, H, C, C) if keep_a or q.dtype == torch.float32 else None
+    a = g.new_empty(chunks, H, C, C) if keep_a else None
     out = Workspace(e, qd, kx, q.new_empty(chunks, H, C, C), a, g.new_empty(chunks, H, K))
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     inputs = (q.contiguous(), k.contiguous(), g.contiguous(), b.contiguous(), cu_seqlens)

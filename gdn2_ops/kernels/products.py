@@ -1,4 +1,4 @@
-"""Products of float32 tiles to the digits that the dtype of q asks for.
+"""Products of float32 (or float64) tiles to the digits that the dtype of q asks for.
 
 float32 itself has no tensor core: a product is multiply-adds whose operands wait in registers, of a tile of m by n
 numbers of a thread m + n for every number that is summed. So it is summed in slices of 16, one after the other.
@@ -14,7 +14,7 @@ SLICE = tl.constexpr(16)
 
 @triton.jit
 def product(a, b, acc, dtype: tl.constexpr):
-    """acc + a b of float32 tiles that T and A are made of or act by: a rounding there grows with every later token.
+    """acc + a b of tiles that T and A are made of or act by: a rounding there grows with every later token.
 
     To 8 times the digits of q's dtype or more: bfloat16 in tf32, float16 in two halves of each number, float32 in
     float64 where a, b and acc are of float64. b may have q's dtype.

@@ -85,7 +85,6 @@ Workspace lay_out(const Problem& p, int64_t slots, int64_t segments) {
   at.qd = place(at.end, rows * C * K * bytes(p.type));
   at.kx = place(at.end, rows * C * K * bytes(p.type));
   at.ax = place(at.end, rows * C * C * bytes(p.type));
-  at.a = place(at.end, p.type == Type::f32 ? rows * C * C * sizeof(float) : 0);  // of others none is kept
   at.decay = place(at.end, rows * K * sizeof(float));
   if (segments > 1) {
     at.m = place(at.end, p.B * segments * p.H * p.K * p.K * sizeof(float));
@@ -170,7 +169,6 @@ std::string Operator::run(const Tensors& x, float scale, void* workspace, void* 
   values.q = x.q, values.k = x.k, values.v = x.v, values.g = x.g, values.b = x.b, values.w = x.w;
   values.e = base + at_.e, values.qd = base + at_.qd, values.kx = base + at_.kx, values.ax = base + at_.ax;
   values.decay = base + at_.decay;
-  if (at_.a < at_.decay) values.a = base + at_.a;
   values.m = base + at_.m, values.f = base + at_.f, values.starts = base + at_.starts;
   values.o = x.o, values.final_state = x.final_state;
   const auto narrow = [](int64_t size) { return static_cast<int32_t>(size); };

@@ -39,7 +39,7 @@ size_t workspace_bytes(const Problem& largest);
 
 // Where the parts of the workspace begin, in bytes; `end` is their sum.
 struct Workspace {
-  size_t e, qd, kx, ax, a, decay, m, f, starts, end;
+  size_t e, qd, kx, ax, decay, m, f, starts, end;
 };
 
 // The launches of one problem. Copies share what is loaded.
