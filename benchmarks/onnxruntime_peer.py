@@ -137,11 +137,11 @@ class LibraryInOnnxRuntime(BodyInOnnxRuntime):
 
     @staticmethod
     def missing() -> str | None:
+        if said := BodyInOnnxRuntime.missing():
+            return said
+        from gdn2_ops.runtime import onnxruntime_library
+
         try:
-            import onnxruntime  # noqa: F401
-
-            from gdn2_ops.runtime import onnxruntime_library
-
             onnxruntime_library.path()
         except ImportError:
             return "not installed: make install, and pip install 'gdn2-ops[onnx]'"
