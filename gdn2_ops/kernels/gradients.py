@@ -142,6 +142,7 @@ def gradients_kernel(
                     )
 
     tl.debug_barrier()  # other threads read R and dX
+    # minimum(part, 0) is a zero like `unknown`: the head is found again, and not kept through all that stands above
     for part in tl.range(0, parts):
         i_V = part % (V // BV) * BV + tl.arange(0, BV)
         for i_chunk in tl.range(0, tl.cdiv(group_tokens, C)):

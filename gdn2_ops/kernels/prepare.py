@@ -8,8 +8,7 @@ slice of keys has rows with more, the pairwise form makes them, sixteen diagonal
 program, the choice is of the row, so that no token knows what comes after it.
 
 Digits. A rounding of T grows in A by the length of the chunk, and T has those of its decays in it. In float32 T, its
-decays, A, and what A multiplies, are float64 until they are stored, on its tensor cores where a GPU has them (decision
-0005); gamma and tail are float32.
+decays, A, and what A multiplies, are float64 until they are stored (decision 0005); gamma and tail are float32.
 
 Kt waits for A in registers, in float32, which has none to spare, where Kx will be; there Aqk waits where Ax will be.
 """
