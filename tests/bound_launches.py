@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from gdn2_ops import kernels
-from gdn2_ops.kernels import kernel, step_layer
+from gdn2_ops.kernels import kernel
 
 
 class Driver:
@@ -53,14 +53,7 @@ def main() -> None:
     JITFunction.__getitem__ = lambda self, grid: lambda *x, **options: self.warmup(*x, grid=grid, **options)
     kernel.arch = lambda device: 90
     for size in (64, 50):
-        kernels.warm_up("cpu", torch.bfloat16, size, size, ("chunk", "backward", "step"))
-        state, H = torch.zeros(1, 2, size, size), 2
-        wide = [torch.zeros(1, H * size, dtype=torch.bfloat16) for _ in range(4)]
-        token = step_layer.LayerToken(torch.zeros(1, 3 * H * size, dtype=torch.bfloat16), *wide)
-        weights = [torch.zeros(n, dtype=torch.bfloat16) for n in ((3 * H * size, 4), (H,), (H * size,), (size,))]
-        window = torch.zeros(1, 3 * H * size, 3, dtype=torch.bfloat16)
-        for slots in (None, torch.zeros(1, dtype=torch.int64)):
-            step_layer.step_layer(token, step_layer.LayerWeights(*weights), window, state, slots=slots)
+        kernels.warm_up("cpu", torch.bfloat16, size, size, ("chunk", "backward", "step", "step_layer"))
     print(json.dumps(BOUND))
 
 

@@ -141,7 +141,7 @@ def test_warm_up_launches_what_a_model_needs(size, monkeypatch):
         launch(self, grid, device, dtype, K, V, *arguments, **options)
 
     monkeypatch.setattr(kernel.Kernel, "launch", recorded)
-    kernels.warm_up("cpu", torch.float16, size, size)
+    kernels.warm_up("cpu", torch.float16, size, size, ("chunk", "step", "step_layer"))
     assert {one[1:4] for one in launched} == {(torch.float16, size, size)}
     masked = int(size == 50)
     for one in catalog.catalog():
@@ -149,12 +149,15 @@ def test_warm_up_launches_what_a_model_needs(size, monkeypatch):
         wanted = set(itertools.product(*ways.values()))
         found = [dict(options) for name, *_, options in launched if name == one.name]
         assert all(options["MASKED"] == masked and not options.get("BACKWARD") for options in found)
-        if one.name in ("step", "prepare", "summarise", ("recur", "recur_masked")[masked]):
+        of_size = [(name, f"{name}_masked")[masked] for name in ("recur", "step_layer")]
+        if one.name in ("step", "prepare", "summarise", *of_size):
             assert {tuple(options[name] for name in ways) for options in found} == wanted
 
 
 def test_another_part_is_refused():
-    with pytest.raises(ValueError, match=r"expected parts among \('chunk', 'step', 'backward'\), got \('train',\)"):
+    with pytest.raises(
+        ValueError, match=r"expected parts among \('chunk', 'step', 'backward', 'step_layer'\), got \('train',\)"
+    ):
         kernels.warm_up("cpu", torch.float16, 64, 64, ("train",))
 
 
