@@ -149,8 +149,7 @@ def recorded_launches() -> list[tuple[str, Any, dict[str, int]]]:
             self.fn.run(*arguments, **keywords, **configuration.all_kwargs())
 
     JITFunction.run, Autotuner.run = record, every_configuration  # type: ignore[method-assign]
-    six, state = traffic.problem(128)
-    six = [x.bfloat16() if x.dtype == torch.float16 else x for x in six]
+    six, state = traffic.problem(128, torch.bfloat16)
     fla_peer.step_inplace(*(x[:, 0] for x in six), state, 1.0)
     leaves = [x.requires_grad_() for x in (*six, state)]
     outputs = fla_peer.chunk(*leaves, 1.0, safe_gate=True)

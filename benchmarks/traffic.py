@@ -1,9 +1,11 @@
 """Bytes that kernels load and store, counted in Triton's interpreter: `python -m benchmarks.traffic` prints JSON.
 
-Run with TRITON_INTERPRET=1, in a process of its own. Heads of 128, inputs in float16 (bfloat16 has the same bytes),
-decay and state in float32. The bytes for a token and head are the difference between six chunks of 64 tokens and three,
-whole groups that share a kept state in our backward pass, so that what is read once for a sequence is not in them;
-those of a step are for one row and head, its state included.
+Run with TRITON_INTERPRET=1, in a process of its own. Heads of 128, decay and state in float32, inputs in bfloat16: the
+interpreter rounds it wrongly, the addresses are right. The peer, which moves the same in both, has float16.
+
+The bytes for a token and head are the difference between six chunks of 64 tokens and three, whole groups that share a
+kept state in our backward pass, so that what is read once for a sequence is not in them; those of a step are for one
+row and head, its state included.
 
 issued: every load and store of every program: what passes through the second level cache.
 memory: every address once for each kernel and direction: what has to come from memory and go there.
@@ -81,20 +83,20 @@ def counted() -> Iterator[dict[str, Traffic]]:
         GridExecutor.__call__ = launch
 
 
-def problem(T: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+def problem(T: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
     """q, k, v, g, b, w of one head and T tokens, and its state."""
     torch.manual_seed(0)
-    q, k, b = (torch.rand(1, T, 1, K).half() for _ in range(3))
-    v, w = (torch.rand(1, T, 1, V).half() for _ in range(2))
-    k = torch.nn.functional.normalize(k.float(), dim=-1).half()
+    q, k, b = (torch.rand(1, T, 1, K).to(dtype) for _ in range(3))
+    v, w = (torch.rand(1, T, 1, V).to(dtype) for _ in range(2))
+    k = torch.nn.functional.normalize(k.float(), dim=-1).to(dtype)
     return [q, k, v, -0.1 * torch.rand(1, T, 1, K), b, w], torch.zeros(1, 1, K, V)
 
 
-def for_a_token(call: Callable) -> dict[str, dict[str, float]]:
+def for_a_token(call: Callable, dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, float]]:
     """kernel -> issued and memory, for a token and head. call: of the six tensors and the state."""
     counts = []
     for chunks in (3, 6):
-        six, state = problem(chunks * CHUNK)
+        six, state = problem(chunks * CHUNK, dtype)
         with counted() as found:
             call(*six, state)
         counts.append(found)
@@ -107,9 +109,9 @@ def for_a_token(call: Callable) -> dict[str, dict[str, float]]:
     }
 
 
-def for_a_step(call: Callable) -> dict[str, dict[str, float]]:
+def for_a_step(call: Callable, dtype: torch.dtype = torch.bfloat16) -> dict[str, dict[str, float]]:
     """kernel -> issued and memory, for a row and head. call: of six tensors of one token and the state."""
-    six, state = problem(1)
+    six, state = problem(1, dtype)
     with counted() as found:
         call(*(x[:, 0] for x in six), state)
     return {name: {"issued": one.issued, "memory": one.memory} for name, one in found.items()}
@@ -133,9 +135,9 @@ def peers() -> dict[str, dict]:
     """The same of fla-core with its first tiles."""
     fla_peer.make_interpretable()
     return {
-        "forward": for_a_token(lambda *x: fla_peer.chunk(*x, 1.0, safe_gate=True)),
-        "forward and backward": for_a_token(_train_peer),
-        "step": for_a_step(lambda *x: fla_peer.step_inplace(*x, 1.0)),
+        "forward": for_a_token(lambda *x: fla_peer.chunk(*x, 1.0, safe_gate=True), torch.float16),
+        "forward and backward": for_a_token(_train_peer, torch.float16),
+        "step": for_a_step(lambda *x: fla_peer.step_inplace(*x, 1.0), torch.float16),
     }
 
 

@@ -193,9 +193,10 @@ def test_the_table_of_segments_follows_its_reasoning():
     assert tiles.segments(17, 10**6) == tiles.segments(1, 31) == 1
 
 
-def test_bytes_of_a_token_and_head():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bytes_of_a_token_and_head(dtype):
     """3.8 KB with float32 decay: the inputs and o once, 0.9 KB of the workspace written and read."""
-    moved = traffic.for_a_token(lambda *x: chunk_forward.chunk(*x, None, 1.0))
+    moved = traffic.for_a_token(lambda *x: chunk_forward.chunk(*x, None, 1.0), dtype)
     square = 2 * 64 * 10 / 16  # Ax, in blocks of 16 up to the diagonal
     operands = 3 * 2 * traffic.K + square + 4 * traffic.K / 64
     inputs = 3 * 2 * traffic.K + 4 * traffic.K
@@ -232,4 +233,5 @@ def test_no_kernel_spills_and_all_but_float32_use_the_tensor_cores_of_hopper(com
         spilled = 8 if old and (row["kernel"], row["dtype"]) == ("prepare", "fp32") else 0
         assert row["stack"] <= spilled and (spilled or row["LDL"] == row["STL"] == 0), row
         assert (row["HGMMA"] > 0) == (row["dtype"] != "fp32") and row["shared"] <= 227 << 10, row
-        assert row["BAR"] < 128, row  # of prepare; one substitution of 64 rows has more
+        # barriers, of prepare: 47 in bfloat16, float16 converts more; substitution row by row had 546
+        assert row["BAR"] < (160 if row["dtype"] == "fp16" else 128), row

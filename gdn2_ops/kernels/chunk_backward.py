@@ -17,12 +17,14 @@ Letters, slots and groups as in chunk_forward.py. Between the two: dstates like 
 value_size] and dX like R [B, T, HV, V], in q's dtype, rounded as operands of a tensor core are: float16 overflows where
 dS does. R waits in the memory of dv, dX in that of dw, until a program of `gradients` has read all it needs of them.
 
-dv and dw are products of a dX that has been rounded.
+dv and dw are products of a dX that has been rounded. In float16 `recur_back` multiplies by two halves of each number of
+Ax, and of dX where it carries dS (decision 0005).
 
-Memory. At most, over inputs and gradients, for long sequences and heads of the compiled sizes: two states of a group,
-that is 2 e K V / (3 C) bytes for a token and value head, e bytes a number: 341 for bfloat16 and heads of 128. One state
-of every chunk is 512, the gradients are 1,792. A is freed after `recur`, the rest of the workspace of `prepare` before
-dq, dk, dg and db are made, which take more: 904 bytes and 1,280 there. Smaller heads pad the workspace, not those.
+Memory. At most, over inputs and gradients, for long sequences and heads of 128, 256 and in bfloat16 64: two states of a
+group, that is 2 e K V / (3 C) bytes for a token and value head, e bytes a number: 341 for bfloat16 and heads of 128.
+One state of every chunk is 512, the gradients are 1,792. A is freed after `recur`, the rest of the workspace of
+`prepare` before dq, dk, dg and db are made, which take more: 904 bytes (of float16 1,032) and 1,280 there. Of smaller
+heads the squares of a chunk are more than those; sizes between the compiled ones pad the workspace.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ def recur_back_kernel(
     qd_ptr,
     kx_ptr,
     ax_ptr,
+    ax_rest_ptr,
     decay_ptr,
     do_ptr,
     dfinal_state_ptr,
@@ -101,17 +104,23 @@ def recur_back_kernel(
             tl.store(dstates_ptr + at_dstates + at_KV, operand_KV, mask=live_KV)
         do_CV = tl.load(do_ptr + at_token + at_CV, mask=live_CV, other=0.0)
         dx_CV = loaded_product(ax_ptr + at_slot * C * C, 1, C, do_CV, tl.zeros([C, BV], tl.float32), -1)
+        if operand == tl.float16:
+            dx_CV = loaded_product(ax_rest_ptr + at_slot * C * C, 1, C, do_CV, dx_CV, -1)
         dx_CV = loaded_product(kx_ptr + at_slot * C * K, K, 1, operand_KV, dx_CV)
-        tl.store(dx_ptr + at_token + at_CV, dx_CV.to(operand), mask=live_CV)
+        stored_CV = dx_CV.to(operand)
+        tl.store(dx_ptr + at_token + at_CV, stored_CV, mask=live_CV)
 
         dstate_KV *= tl.load(decay_ptr + at_slot * K + i_K)[:, None]
         dstate_KV = loaded_product(qd_ptr + at_slot * C * K, 1, K, do_CV, dstate_KV)
-        dstate_KV = loaded_product(e_ptr + at_slot * C * K, 1, K, -dx_CV.to(operand), dstate_KV)
+        dstate_KV = loaded_product(e_ptr + at_slot * C * K, 1, K, -stored_CV, dstate_KV)
+        if operand == tl.float16:
+            minus_rest_CV = (stored_CV.to(tl.float32) - dx_CV).to(operand)
+            dstate_KV = loaded_product(e_ptr + at_slot * C * K, 1, K, minus_rest_CV, dstate_KV)
     tl.store(dstate_ptr + at_state + at_KV, dstate_KV, mask=live_KV)
 
 
 def _described(name: str, masked: int) -> Kernel:
-    types = dict.fromkeys(("e", "qd", "kx", "ax"), "*q") | {"decay": "*fp32"}
+    types = dict.fromkeys(("e", "qd", "kx", "ax", "ax_rest"), "*q") | {"decay": "*fp32"}
     types |= {"do": "*q", "dfinal_state": "*fp32", "cu_seqlens": "*i64"}
     types |= dict.fromkeys(("T", "H", "HV", "key_size", "value_size"), "i32")
     return Kernel(
@@ -147,7 +156,7 @@ def chunk_backward(
     dfinal_state, cu_seqlens = (None if x is None else x.contiguous() for x in (dfinal_state, cu_seqlens))
     prepared = prepare(q, k, g, b, cu_seqlens, scale, keep_a=True)
     states, dv = recur_for_backward(prepared, v, w, state, cu_seqlens, key_size)  # R
-    operands = (prepared.e, prepared.qd, prepared.kx, prepared.ax, prepared.decay)
+    operands = (prepared.e, prepared.qd, prepared.kx, prepared.ax, prepared.ax_rest, prepared.decay)
     del prepared  # and A with it
     dw, dstates = torch.empty_like(w), torch.empty_like(states)  # dX
     dstate = g.new_empty(N, HV, key_size, value_size)

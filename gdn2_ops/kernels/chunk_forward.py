@@ -15,13 +15,14 @@ key_size, value_size those of the call, smaller where MASKED; BK, BV channels of
 N sequences; HV value heads in groups of HV / H that share a key head.
 
 The workspace, written by `prepare`. Chunk c of sequence n has slot n ceil(T / C) + c; packed sequences start at slot
-begin_n // C + n instead, which needs no table: there are T // C + N slots and those left over are never touched.
-Groups of GROUP chunks have places of their own, by the same rule with GROUP C. Tokens past the end of a sequence are
-rows of zeros, of A the identity's; blocks of 16 above the diagonals of Ax and A are not touched. A is for the backward
-pass. q's dtype, but a and decay are float32:
+begin_n // C + n instead, which needs no table: there are T // C + N slots and those left over are never touched. Groups
+of GROUP chunks have places of their own, by the same rule with GROUP C. Tokens past the end of a sequence are rows of
+zeros, of A the identity's; in the matrices of a chunk blocks of 16 above the diagonal are not touched. q's dtype, but
+decay is float32 and a has a dtype of its own (A_DTYPES in kernel.py, decision 0005):
 
-    e, qd, kx [slots, H, C, K]      ax, a [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
-    BACKWARD:  states [groups, HV, key_size, value_size], q's dtype      r [B, T, HV, V] like v
+    e, qd, kx [slots, H, C, K]      ax [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
+    BACKWARD:  a like ax, for float16 also ax_rest, the difference between Ax and ax
+               states [groups, HV, key_size, value_size]      r [B, T, HV, V] like v
 
 A token sees the ones before it only, bit for bit, as long as all of its chunk is finite: zeros of Ax times an infinity
 are NaN.
@@ -130,7 +131,7 @@ def recur_kernel(
 
 
 def _described(name: str, masked: int) -> Kernel:
-    types = dict.fromkeys(("e", "qd", "kx", "ax"), "*q") | {"a": "*fp32", "decay": "*fp32"}
+    types = dict.fromkeys(("e", "qd", "kx", "ax"), "*q") | {"a": "*a", "decay": "*fp32"}
     types |= {"v": "*q", "w": "*q", "state": "*fp32", "cu_seqlens": "*i64"}
     types |= dict.fromkeys(("T", "H", "HV", "segments", "length", "key_size", "value_size"), "i32")
     return Kernel(
@@ -200,6 +201,7 @@ def _launch_recur(
     length = triton.cdiv(chunks, segments)
     if segments > 1:
         state = starts(prepared, v, w, state, cu_seqlens, segments, length, key_size)
+    operands = (prepared.e, prepared.qd, prepared.kx, prepared.ax, prepared.a, prepared.decay)
     masked = is_masked(key_size, V)
     RECUR[masked].launch(
         lambda c: (N * segments * HV * (c["V"] // c["BV"]),),
@@ -207,7 +209,7 @@ def _launch_recur(
         v.dtype,
         key_size,
         V,
-        *(*prepared, v, w, state, cu_seqlens, T, H, HV, segments, length, key_size, V, *outputs),
+        *(*operands, v, w, state, cu_seqlens, T, H, HV, segments, length, key_size, V, *outputs),
         STATE=int(state is not None),
         PACKED=int(cu_seqlens is not None),
         BACKWARD=int(outputs[0] is None),

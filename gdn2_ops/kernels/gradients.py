@@ -86,7 +86,7 @@ def gradients_kernel(
             *(do_ptr + at, dw_ptr + at, dv_ptr + at, tl.minimum(group_tokens - i_chunk * C, C)),
             *(value_stride, values, parts, scale, C, V, BV),
         )
-        dp_CC, dt_CC = dp_CC.to(operand), dt_CC.to(operand)
+        dp_CC, dt_CC = dp_CC.to(operand), dt_CC.to(tl.float32 if operand == tl.float16 else operand)
         for i_slice in tl.range(0, K // BK, disable_licm=True):
             unknown = tl.minimum(group_tokens, group_tokens + i_slice) - group_tokens
             i_c, i_C, i_K = i_chunk + unknown, tl.arange(0, C) + unknown, i_slice * BK + tl.arange(0, BK)

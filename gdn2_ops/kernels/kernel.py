@@ -14,6 +14,7 @@ import triton
 from gdn2_ops.kernels import tiles
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+A_DTYPES = {"fp32": torch.float32, "bf16": torch.float16, "fp16": torch.float32}  # of A by that of q (decision 0005)
 INTERPRETED_ARCH = 90  # whose tiles the interpreter runs
 
 
@@ -25,7 +26,8 @@ class Kernel:
     function: the jitted function. Its parameters are those of `types` in order, then constexprs: K, V (the compiled
         head sizes), those of `options` and those of its tile.
     types: run-time parameters in order, as Triton writes types: "*fp32", "*i64", "i32", "fp32"; "*q" is a pointer to
-        the dtype of q. Integers are declared in do_not_specialize, so that a size never compiles anew.
+        the dtype of q, "*a" to that of A. Integers are declared in do_not_specialize, so that a size never compiles
+        anew.
     options: the constexprs of the call and every value they are built for ahead of time.
     grid: of programs, in the sizes of the call: what a caller from another language launches.
     """
@@ -37,8 +39,9 @@ class Kernel:
     options: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def parameter_types(self, dtype: str) -> dict[str, str]:
-        """Run-time parameters in order with "*q" replaced."""
-        return {name: f"*{dtype}" if kind == "*q" else kind for name, kind in self.types.items()}
+        """Run-time parameters in order with "*q" and "*a" replaced."""
+        replaced = {"*q": f"*{dtype}", "*a": f"*{DTYPES[A_DTYPES[dtype]]}"}
+        return {name: replaced.get(kind, kind) for name, kind in self.types.items()}
 
     def constexprs(self, dtype: str, K: int, V: int, arch: int, **options: int) -> tuple[dict[str, int], tiles.Tile]:
         """Every constexpr of one build, and the row of the table it comes from."""

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gdn2_ops.kernels import tiles
-from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.products import loaded_product, product
+from gdn2_ops.kernels.kernel import A_DTYPES, DTYPES, Kernel, is_masked
+from gdn2_ops.kernels.products import loaded_product, product, stored
 
 C = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -31,7 +32,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def scores(e_CK, q_CK, k_CK, here_CC, t_CC, aqk_CC, dtype: tl.constexpr):
-    """T and Aqk of one slice more; Aqk may have the digits of q's dtype.
+    """T and Aqk of one slice more.
 
     In float32 where they belong `here` and nowhere else: there are no registers for two pairs.
     """
@@ -40,8 +41,6 @@ def scores(e_CK, q_CK, k_CK, here_CC, t_CC, aqk_CC, dtype: tl.constexpr):
         t_CC = tl.where(here_CC, product(e_CK, k_KC, t_CC, dtype), t_CC)
         aqk_here_CC = product(q_CK.to(tl.float32), k_KC.to(tl.float32), aqk_CC, dtype)
         return t_CC, tl.where(here_CC, aqk_here_CC, aqk_CC)
-    elif dtype == tl.float16:
-        return product(e_CK, k_KC, t_CC, dtype), tl.dot(q_CK.to(dtype), k_KC.to(dtype), aqk_CC)
     else:
         return product(e_CK, k_KC, t_CC, dtype), product(q_CK, k_KC, aqk_CC, dtype)
 
@@ -151,6 +150,7 @@ def prepare_kernel(
     qd_ptr,
     kx_ptr,
     ax_ptr,
+    ax_rest_ptr,
     a_ptr,
     decay_ptr,
     # constexprs
@@ -163,9 +163,9 @@ def prepare_kernel(
 ):
     operand: tl.constexpr = e_ptr.dtype.element_ty
     EXACT: tl.constexpr = operand == tl.float32
-    ROUGH: tl.constexpr = "ieee" if EXACT else "tf32"
     WIDE: tl.constexpr = tl.float64 if EXACT else tl.float32
-    FINE: tl.constexpr = "tf32x3" if operand == tl.float16 else ROUGH  # 1 / gamma passes float16's range
+    # of float16 too inside blocks, where 1 / gamma passes its range
+    FINE: tl.constexpr = "ieee" if EXACT else ("tf32x3" if operand == tl.float16 else "tf32")
     SPAN: tl.constexpr = 4.0 if EXACT else 100.0  # octaves; float32: more would cost digits
     P: tl.constexpr = C // 16
     SLICES: tl.constexpr = K // BK
@@ -230,7 +230,7 @@ def prepare_kernel(
         k_PKR = tl.permute(k_PRK * tl.exp2(tl.minimum(-head_PRK, SPAN)), (0, 2, 1))
         t_slice_PRR = tl.dot(e_PRK * to_head_PRK, k_PKR, input_precision=FINE, out_dtype=WIDE)
         qd_PRK = (q_PRK * to_head_PRK).to(tl.float32)
-        aqk_slice_PRR = tl.dot(qd_PRK, k_PKR.to(tl.float32), input_precision=ROUGH)
+        aqk_slice_PRR = tl.dot(qd_PRK, k_PKR.to(tl.float32), input_precision=FINE)
         if tl.min(head_PRK) < -SPAN:
             t, aqk = pairwise(q_PRK, e_PRK, k_ptr + at_head, g_ptr + at_head, at_PRK, live_PRK, stride)
             steep_PR1 = tl.min(head_PRK, 2)[:, :, None] < -SPAN
@@ -263,7 +263,7 @@ def prepare_kernel(
     a_CC = invert(t_PRR, t_CC, operand)
     if a_ptr is not None:  # noqa: SIM102, absence is known when compiling; in a cubin it is there, null unless keep_a
         if keep_a:
-            tl.store(a_ptr + at_slot * C * C + at_CC, a_CC, mask=up_to_CC)
+            tl.store(a_ptr + at_slot * C * C + at_CC, stored(a_CC, operand), mask=up_to_CC)
     if EXACT:
         tl.debug_barrier()  # Aqk and Kt come back from other threads
         aqk_CC = tl.load(ax_ptr + at_slot * C * C + at_CC, mask=up_to_CC, other=0.0)
@@ -279,6 +279,10 @@ def prepare_kernel(
     else:
         ax_CC = product(aqk_CC, a_CC, tl.zeros([C, C], tl.float32), operand)
         tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC.to(operand), mask=up_to_CC)
+        if operand == tl.float16 and ax_rest_ptr is not None:  # noqa: SIM102, as of A
+            if keep_a:
+                rest_CC = (ax_CC - ax_CC.to(operand).to(tl.float32)).to(operand)
+                tl.store(ax_rest_ptr + at_slot * C * C + at_CC, rest_CC, mask=up_to_CC)
         kx_CK = product(tl.trans(a_CC), tl.reshape(kt_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
         tl.store(kx_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], kx_CK.to(operand))
 
@@ -315,6 +319,7 @@ class Workspace(NamedTuple):
     qd: Tensor
     kx: Tensor
     ax: Tensor
+    ax_rest: Tensor | None
     a: Tensor | None
     decay: Tensor
 
@@ -326,8 +331,8 @@ PREPARE = Kernel(
     | {"g": "*fp32", "b": "*q", "cu_seqlens": "*i64"}
     | dict.fromkeys(("T", "H", "N", "key_size", "keep_a"), "i32")
     | {"scale": "fp32"}
-    | dict.fromkeys(("e", "qd", "kx", "ax"), "*q")
-    | {"a": "*fp32", "decay": "*fp32"},
+    | dict.fromkeys(("e", "qd", "kx", "ax", "ax_rest"), "*q")
+    | {"a": "*a", "decay": "*fp32"},
     options={"PACKED": (0, 1), "MASKED": (0, 1)},
     grid="(slots * H, 1, 1)",
 )
@@ -343,13 +348,15 @@ def prepare(
 ) -> Workspace:
     """Launches `prepare`. Tensors of other strides than contiguous ones are copied, here and below.
 
-    keep_a: whether A is wanted.
+    keep_a: whether A is wanted, and of float16 ax_rest: for the backward pass.
     """
     (B, T, H, key_size), K = q.shape, tiles.head_size(q.shape[3])
     chunks = slots(B, T, cu_seqlens, C)
     e, qd, kx = (q.new_empty(chunks, H, C, K) for _ in range(3))
-    a = g.new_empty(chunks, H, C, C) if keep_a else None
-    out = Workspace(e, qd, kx, q.new_empty(chunks, H, C, C), a, g.new_empty(chunks, H, K))
+    ax = q.new_empty(chunks, H, C, C)
+    ax_rest = torch.empty_like(ax) if keep_a and q.dtype == torch.float16 else None
+    a = torch.empty_like(ax, dtype=A_DTYPES[DTYPES[q.dtype]]) if keep_a else None
+    out = Workspace(e, qd, kx, ax, ax_rest, a, g.new_empty(chunks, H, K))
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     inputs = (q.contiguous(), k.contiguous(), g.contiguous(), b.contiguous(), cu_seqlens)
     PREPARE.launch(

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 
 SLICE = tl.constexpr(16)
+A_UNIT = tl.constexpr(2.0**-8)  # of A in float16: with legal gates it grows to 4.6e6 in a chunk (docs/decisions/0005)
 
 
 @triton.jit
 def product(a, b, acc, dtype: tl.constexpr):
-    """acc + a b of tiles that T and A are made of or act by: a rounding there grows with every later token.
+    """acc + a b of tiles that T, A and Aqk are made of or A acts by: a rounding there grows with every later token.
 
     To 8 times the digits of q's dtype or more: bfloat16 in tf32, float16 in two halves of each number, float32 in
     float64 where a, b and acc are of float64. b may have q's dtype.
@@ -67,15 +68,26 @@ def triangle(a_ptr_MN, i_M, i_N, TRIANGLE: tl.constexpr):
 
 
 @triton.jit
+def stored(a_CC, dtype: tl.constexpr):
+    """A as `applied` reads it."""
+    return a_CC * A_UNIT if dtype == tl.bfloat16 else a_CC
+
+
+@triton.jit
 def applied(a_ptr, C: tl.constexpr, x_CV, dtype: tl.constexpr):
-    """A x for A in memory, as `product`."""
+    """A x for A in memory; in half precision two halves of each number of A, x in q's dtype."""
     acc_CV = tl.zeros(x_CV.shape, tl.float32)
     if dtype == tl.float32:
         return loaded_product(a_ptr, C, 1, x_CV, acc_CV, 1)
     else:
         i_C = tl.arange(0, C)
         at_CC = i_C[:, None] * C + i_C[None, :]
-        return product(triangle(a_ptr + at_CC, i_C, i_C, 1), x_CV, acc_CV, dtype)
+        a_CC = triangle(a_ptr + at_CC, i_C, i_C, 1).to(tl.float32)
+        if dtype == tl.bfloat16:
+            a_CC *= 1.0 / A_UNIT
+        high_CC = a_CC.to(dtype)
+        acc_CV = tl.dot((a_CC - high_CC.to(tl.float32)).to(dtype), x_CV, acc_CV)
+        return tl.dot(high_CC, x_CV, acc_CV)
 
 
 @triton.jit

@@ -4,6 +4,9 @@ The decays of `prepare` are products of factors at most 1 (`head`, `reach`, `lin
 the same way: `pull` takes them through scores whose decay is a factor of the row times one of the column, and the
 exponent of a factor hands its gradient to the tokens that it spans and to no others. Equation (13) subtracts sums over
 the whole chunk instead, in which what was rounded to bfloat16 on one side only does not cancel.
+
+A rounding of dT_ij is one of dg of all tokens between the two, and where keys are alike they add up. So dT is summed in
+float64 for float32, and for float16 has two halves between the blocks (decision 0005); inside them one, in tf32.
 """
 
 from __future__ import annotations
@@ -25,16 +28,42 @@ def summed(a, b, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
+def summed_finely(a, b, acc, EXACT: tl.constexpr):
+    """As `summed`; where b is float16, of both halves of each number of a, which is float32."""
+    high = a.to(b.dtype)
+    acc = summed(high, b, acc, EXACT)
+    if b.dtype == tl.float16:
+        acc = summed((a - high.to(tl.float32)).to(b.dtype), b, acc, EXACT)
+    return acc
+
+
+@triton.jit
 def pull(dp_CC, dt_CC, q_CK, e_CK, k_CK, row_CK, column_CK, dtype: tl.constexpr, EXACT: tl.constexpr):
     """Gradients of q, e and k from those of P = (row q) (column k)^T and T = (row e) (column k)^T."""
-    dp_CC, dt_CC = dp_CC.to(dtype), dt_CC.to(dtype)
+    dp_CC = dp_CC.to(dtype)
     k_CK = (k_CK * column_CK).to(dtype)
     zero_CK = tl.zeros(k_CK.shape, tl.float32)
     dq_CK = row_CK * summed(dp_CC, k_CK, zero_CK, EXACT)
     dk_CK = summed(tl.trans(dp_CC), (q_CK * row_CK).to(dtype), zero_CK, EXACT)
-    de_CK = row_CK * summed(dt_CC, k_CK, zero_CK, EXACT)
-    dk_CK = summed(tl.trans(dt_CC), (e_CK * row_CK).to(dtype), dk_CK, EXACT)
+    de_CK = row_CK * summed_finely(dt_CC, k_CK, zero_CK, EXACT)
+    dk_CK = summed_finely(tl.trans(dt_CC), (e_CK * row_CK).to(dtype), dk_CK, EXACT)
     return dq_CK, de_CK, column_CK * dk_CK
+
+
+@triton.jit
+def scored(
+    x_ptr, r_ptr, acc_CC, i_C, tokens, stride, values, parts, V: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr
+):
+    """acc + x R^T over `parts` tiles of values."""
+    dtype: tl.constexpr = acc_CC.dtype if EXACT else r_ptr.dtype.element_ty
+    for part in tl.range(0, parts):
+        i_V = part % (V // BV) * BV + tl.arange(0, BV)
+        at_CV = i_C[:, None] * stride + (part // (V // BV) * values + i_V)[None, :]
+        live_CV = (i_C < tokens)[:, None] & (i_V < values)[None, :]
+        r_VC = tl.trans(tl.load(r_ptr + at_CV, mask=live_CV, other=0.0))
+        x_CV = tl.load(x_ptr + at_CV, mask=live_CV, other=0.0)
+        acc_CC = summed(x_CV.to(dtype), r_VC.to(dtype), acc_CC, EXACT)
+    return acc_CC
 
 
 @triton.jit
@@ -44,16 +73,10 @@ def pull_scores(
     """dP = scale tril(dO R^T) and dT = -tril(dX R^T, -1) of C tokens, over `parts` tiles of the group's values (9)."""
     EXACT: tl.constexpr = r_ptr.dtype.element_ty == tl.float32
     i_C = tl.arange(0, C)
-    dp_CC, dt_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for part in tl.range(0, parts):
-        i_V = part % (V // BV) * BV + tl.arange(0, BV)
-        at_CV = i_C[:, None] * stride + (part // (V // BV) * values + i_V)[None, :]
-        live_CV = (i_C < tokens)[:, None] & (i_V < values)[None, :]
-        r_VC = tl.trans(tl.load(r_ptr + at_CV, mask=live_CV, other=0.0))
-        do_CV = tl.load(do_ptr + at_CV, mask=live_CV, other=0.0)
-        dp_CC = summed(do_CV, r_VC, dp_CC, EXACT)
-        dx_CV = tl.load(dx_ptr + at_CV, mask=live_CV, other=0.0)
-        dt_CC = summed(dx_CV, r_VC, dt_CC, EXACT)
+    zero_CC = tl.zeros([C, C], tl.float32)
+    dp_CC = scored(do_ptr, r_ptr, zero_CC, i_C, tokens, stride, values, parts, V, BV, EXACT)
+    wide_zero_CC = tl.zeros([C, C], tl.float64 if EXACT else tl.float32)
+    dt_CC = scored(dx_ptr, r_ptr, wide_zero_CC, i_C, tokens, stride, values, parts, V, BV, EXACT).to(tl.float32)
     dp_CC = tl.where(i_C[:, None] >= i_C[None, :], dp_CC * scale, 0.0)
     return dp_CC, tl.where(i_C[:, None] > i_C[None, :], -dt_CC, 0.0)
 
@@ -275,7 +298,7 @@ def pull_chunk(
 
     dk_inside_CK = tl.zeros(k_CK.shape, tl.float32)
     if not steep:
-        in_dp_CC, in_dt_CC = tl.where(inside_CC, dp_CC, 0.0), tl.where(inside_CC, dt_CC, 0.0)
+        in_dp_CC, in_dt_CC = tl.where(inside_CC, dp_CC, 0.0), tl.where(inside_CC, dt_CC.to(dtype), 0.0)
         dq, de, dk_inside_CK = pull(in_dp_CC, in_dt_CC, q_CK, e_CK, k_CK, to_head_CK, tl.exp2(-head_CK), INSIDE, EXACT)
         dq_CK += dq
         de_CK += de

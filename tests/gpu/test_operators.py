@@ -1,15 +1,17 @@
 """The operators on the tensors of a GPU: numbers, packed sequences, compiled, captured, and nothing compiled late."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from cases import CASES, DTYPES, Case, Inputs, bounds, cotangents, inputs
-from chunk_laws import assert_gradients, assert_outputs
+from chunk_laws import ON_A_GPU, assert_gradients, assert_outputs
 
 import gdn2_ops
 from gdn2_ops import kernels
 from gdn2_ops.kernels import catalog, chunk_forward, step
+from gdn2_ops.kernels.step_layer import LayerToken, LayerWeights, step_layer
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 SIZES = [(32, 32), (64, 64), (100, 72), (128, 128), (256, 256)]
@@ -22,7 +24,7 @@ def on(device: str, tensors):
 def assert_chunk(case: Case, dtype: torch.dtype, device: str) -> None:
     x = inputs(case, dtype)
     o, state = gdn2_ops.chunk(*on(device, x), cu_seqlens=on(device, [bounds(case)])[0])
-    assert_outputs((o.cpu(), state.cpu()), case, x, bounds(case))
+    assert_outputs((o.cpu(), state.cpu()), case, x, bounds(case), undone=ON_A_GPU)
 
 
 @every_dtype
@@ -37,7 +39,8 @@ def assert_gradients_of(case: Case, dtype: torch.dtype, device: str) -> None:
     o, state = gdn2_ops.chunk(*there, cu_seqlens=on(device, [bounds(case)])[0])
     wanted = [y for y in there if y is not None]
     got = dict(zip(map(id, wanted), torch.autograd.grad((o, state), wanted, on(device, (do, dstate)))))
-    assert_gradients([got[id(y)].cpu() if y is not None else None for y in there], case, x, do, dstate)
+    found = [got[id(y)].cpu() if y is not None else None for y in there]
+    assert_gradients(found, case, x, do, dstate, undone=ON_A_GPU)
 
 
 @every_dtype
@@ -50,6 +53,18 @@ def test_gradients(case, dtype, device):
 @pytest.mark.parametrize("K, V", SIZES)
 def test_gradients_of_every_head_size(K, V, dtype, device):
     assert_gradients_of(Case(f"gradients of {K} and {V}", 130, H=1, HV=2, K=K, V=V), dtype, device)
+
+
+def test_a_chunk_that_grows_has_gradients(device):
+    """Unit keys, legal gates, no decay: A, which bfloat16 keeps in float16, reaches 4e6."""
+    k = torch.tensor([[0.8912, 0.4537], [-0.4268, 0.9044]]).bfloat16().repeat(32, 1)[None, :, None]
+    b = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).bfloat16().repeat(32, 1)[None, :, None]
+    e, ones = (b * k)[0, :, 0].double(), torch.ones_like(k)
+    assert torch.linalg.inv(torch.eye(64) + (e @ k[0, :, 0].double().mT).tril(-1)).max() > 1e6
+    x = [y.to(device).requires_grad_() for y in (k, k, ones, torch.zeros_like(k.float()), b, ones)]
+    o, state = gdn2_ops.chunk(*x)
+    for y in (o, state, *torch.autograd.grad((o, state), x, (torch.ones_like(o), torch.ones_like(state)))):
+        assert y.isfinite().all() and y.any()
 
 
 def test_gradients_have_the_same_bits_every_time(device):
@@ -116,7 +131,8 @@ def compiled_so_far() -> int:
 
 
 def test_after_a_warm_up_nothing_compiles(device):
-    kernels.warm_up(device, torch.float16, 64, 32)
+    kernels.warm_up(device, torch.float16, 64, 32, ("chunk", "step", "step_layer"))
+    zeros = partial(torch.zeros, dtype=torch.float16, device=device)
     before = compiled_so_far()
     for B, H, HV in ((1, 1, 1), (2, 3, 6), (16, 16, 16)):
         x = on(device, inputs(Case("warm", 1, B=B, H=H, HV=HV, K=64, V=32), torch.float16))
@@ -128,6 +144,10 @@ def test_after_a_warm_up_nothing_compiles(device):
         for index in (None, slots, slots.int()):
             step.step_inplace(*token, x[6], index, 1.0)
             step.step_inplace(*token, x[6].bfloat16(), index, 1.0)
+            channels = 2 * H * 64 + HV * 32
+            of_layer = LayerToken(zeros(B, channels), *(zeros(B, n) for n in (H * 64, H * 64, HV * 32, HV * 32)))
+            weights = LayerWeights(zeros(channels, 4), zeros(H), zeros(H * 64), zeros(32))
+            step_layer(of_layer, weights, zeros(B, channels, 3), x[6], slots=index)
     assert compiled_so_far() == before > 0
 
 
