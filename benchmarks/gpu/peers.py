@@ -20,10 +20,12 @@ OURS = "gdn2_ops"
 
 
 class Contender:
-    """name, ops: what it can run. A subclass has `prepare`, which gives the timed call; its result is the outputs."""
+    """name, ops: what it can run. checked: whether it computes all of the problem, so that its error can be told. A
+    subclass has `prepare`, which gives the timed call; its result is the outputs."""
 
     name = ""
     ops: tuple[str, ...] = ()
+    checked = True
 
     @staticmethod
     def missing() -> str | None:
@@ -91,6 +93,7 @@ class BareStep(Contender):
     """Only the recurrence of the layer, on tensors that others would have to prepare."""
 
     name, ops = f"{OURS}, bare step", ("step_layer",)
+    checked = False
 
     def prepare(self, problem: Problem, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
         return lambda: (torch.ops.gdn2.step_inplace(*x.six, x.state, None, problem.K**-0.5),)
@@ -117,24 +120,36 @@ def layer_parts(problem: Problem, x: Inputs) -> list[Tensor]:
     H, K, V = problem.H, problem.K, problem.V
     shapes = [(problem.B, 2 * H * K + H * V), *((problem.B, H * size) for size in (K, K, V, V))]
     shapes += [(shapes[0][1], 4), (H,), (H * K,), (V,), (problem.B, shapes[0][1], 3)]
-    return [torch.randn(shape, generator=random, device=x.q.device).to(x.q.dtype) for shape in shapes]
+    made = (torch.randn(shape, generator=random, device=x.q.device) for shape in shapes)
+    return [y.bfloat16().to(x.q.dtype) for y in made]  # the same numbers in every dtype
 
 
-def unfused_layer(H: int, parts: list[Tensor], state: Tensor) -> Tensor:
-    """`step_layer` in PyTorch and one step; window and state are overwritten."""
+def _step_inplace(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, state: Tensor) -> Tensor:
+    return torch.ops.gdn2.step_inplace(q, k, v, g, b, w, state, None, k.shape[-1] ** -0.5)
+
+
+def _exact_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, state: Tensor) -> Tensor:
+    o, after = reference.step(q, k, v, g, b, w, state)
+    state.copy_(after)
+    return o
+
+
+def unfused_layer(
+    H: int, parts: list[Tensor], state: Tensor, wide: torch.dtype = torch.float32, step: Callable = _step_inplace
+) -> Tensor:
+    """`step_layer` in PyTorch and one step; window and state are overwritten. wide: what is summed in."""
     qkv, f, b, w, z, convolution, A_log, dt_bias, norm, window = parts
     K = f.shape[1] // H
     seen = torch.cat((window, qkv[:, :, None]), 2)
-    mixed = F.silu((seen.float() * convolution.float()).sum(2)).to(qkv.dtype)
+    mixed = F.silu((seen.to(wide) * convolution.to(wide)).sum(2)).to(qkv.dtype)
     q, k, v = (x.unflatten(-1, (H, -1)) for x in mixed.split((H * K, H * K, w.shape[1]), -1))
-    q, k = (F.normalize(x.float(), dim=-1).to(x.dtype) for x in (q, k))
-    g = -A_log.float().exp()[:, None] * F.softplus(f.float() + dt_bias.float()).unflatten(-1, (H, K))
+    q, k = (F.normalize(x.to(wide), dim=-1).to(x.dtype) for x in (q, k))
+    g = -A_log.to(wide).exp()[:, None] * F.softplus(f.to(wide) + dt_bias.to(wide)).unflatten(-1, (H, K))
     gates = b.sigmoid().unflatten(-1, (H, K)), w.sigmoid().unflatten(-1, (H, -1))
-    o = torch.ops.gdn2.step_inplace(q, k, v, g, *gates, state, None, K**-0.5)
+    o = step(q, k, v, g, *gates, state).to(wide)
     window.copy_(seen[:, :, 1:])
-    o_float = o.float()
-    normed = o_float * torch.rsqrt(o_float.square().mean(-1, keepdim=True) + 1e-5) * norm.float()
-    return (normed * F.silu(z.float()).view_as(normed)).to(qkv.dtype).flatten(1)
+    normed = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5) * norm.to(wide)
+    return (normed * F.silu(z.to(wide)).view_as(normed)).to(qkv.dtype).flatten(1)
 
 
 def _trained(chunk: Callable[..., tuple[Tensor, ...]], x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
@@ -153,7 +168,11 @@ HEADS = 2  # of the first row of the batch: what the float64 reference computes
 
 
 def expected(problem: Problem, x: Inputs) -> tuple[Tensor, ...]:
-    """What `sliced` outputs of a right contender are, in float64. Empty for a layer, which the step laws check."""
+    """What `sliced` outputs of a right contender are, in float64."""
+    if problem.op == "step_layer":
+        wide = Inputs(*(y.double() for y in (*x.six, x.state)), None)
+        y = unfused_layer(problem.H, layer_parts(problem, wide), wide.state, torch.float64, _exact_step)
+        return sliced(problem, (y,), wide.state)
     few = Inputs(
         *(_few(problem, y) for y in x.six), x.state[:, :HEADS] if problem.packed else x.state[:1, :HEADS], None
     )
@@ -165,7 +184,7 @@ def expected(problem: Problem, x: Inputs) -> tuple[Tensor, ...]:
         o, state = reference.chunkwise(*double, scale=scale)
         grads = reference.chunkwise_backward(torch.ones_like(o), torch.ones_like(state), *double, scale=scale)
         return o, state, *grads
-    return reference.step(*double, scale=scale) if problem.op == "step" else ()
+    return reference.step(*double, scale=scale)
 
 
 def sliced(problem: Problem, outputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, ...]:
@@ -179,6 +198,8 @@ def sliced(problem: Problem, outputs: tuple[Tensor, ...], state: Tensor) -> tupl
 
 
 def _few(problem: Problem, x: Tensor) -> Tensor:
+    if problem.op == "step_layer":  # outputs of all heads in one row
+        return x[:1]
     return x[:1, :, :HEADS] if problem.op in ("chunk", "train") else x[:1, :HEADS]
 
 
