@@ -188,12 +188,12 @@ def main() -> None:
     parser.add_argument(
         "--every", action="store_true", help="every build with heads of 128, masked and packed ones too"
     )
-    parser.add_argument("--peer", action="store_true", help="fla-core too, on sm_90 (minutes)")
+    parser.add_argument("--peer", action="store_true", help="fla-core too (minutes for each architecture)")
     options = parser.parse_args()
     builds = plan(options.arch, [(128, 128)]) if options.every else reported_builds(options.arch)
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
         rows = list(processes.map(our_row, builds))
-    print(json.dumps(rows + (list(peer_rows(90)) if options.peer else [])))
+    print(json.dumps(rows + [row for arch in options.arch if options.peer for row in peer_rows(arch)]))
 
 
 if __name__ == "__main__":
