@@ -18,7 +18,7 @@ The workspace, written by `prepare`. Chunk c of sequence n has slot n ceil(T / C
 begin_n // C + n instead, which needs no table: there are T // C + N slots and those left over are never touched. Groups
 of GROUP chunks have places of their own, by the same rule with GROUP C. Tokens past the end of a sequence are rows of
 zeros, of A the identity's; in the matrices of a chunk blocks of 16 above the diagonal are not touched. q's dtype, but
-decay is float32 and a has a dtype of its own (A_DTYPES in kernel.py, decision 0005):
+decay is float32 and a has a dtype of its own (A_DTYPES in kernel.py, `store_a`, decision 0005):
 
     e, qd, kx [slots, H, C, K]      ax [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
     BACKWARD:  a like ax, for float16 also ax_rest, the difference between Ax and ax

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import A_DTYPES, DTYPES, Kernel, is_masked
-from gdn2_ops.kernels.products import loaded_product, product, stored
+from gdn2_ops.kernels.products import loaded_product, product, store_a
 
 C = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -263,7 +263,7 @@ def prepare_kernel(
     a_CC = invert(t_PRR, t_CC, operand)
     if a_ptr is not None:  # noqa: SIM102, absence is known when compiling; in a cubin it is there, null unless keep_a
         if keep_a:
-            tl.store(a_ptr + at_slot * C * C + at_CC, stored(a_CC, operand), mask=up_to_CC)
+            store_a(a_ptr + at_slot * C * C, a_CC, operand)
     if EXACT:
         tl.debug_barrier()  # Aqk and Kt come back from other threads
         aqk_CC = tl.load(ax_ptr + at_slot * C * C + at_CC, mask=up_to_CC, other=0.0)

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 SLICE = tl.constexpr(16)
-A_UNIT = tl.constexpr(2.0**-8)  # of A in float16: with legal gates it grows to 4.6e6 in a chunk (docs/decisions/0005)
 
 
 @triton.jit
@@ -68,9 +67,28 @@ def triangle(a_ptr_MN, i_M, i_N, TRIANGLE: tl.constexpr):
 
 
 @triton.jit
-def stored(a_CC, dtype: tl.constexpr):
-    """A as `applied` reads it."""
-    return a_CC * A_UNIT if dtype == tl.bfloat16 else a_CC
+def store_a(a_ptr, a_CC, dtype: tl.constexpr):
+    """A for `applied`. For bfloat16 it is float16, over a power of two where that would overflow (legal gates can make
+    it 1e9, decision 0005): the exponent is in the corner above the diagonal, which no number of A needs."""
+    C: tl.constexpr = a_CC.shape[0]
+    i_C = tl.arange(0, C)
+    if dtype == tl.bfloat16:
+        exponent = tl.max(a_CC.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 23
+        too_large = tl.maximum(exponent - 127 - 14, 0).to(tl.float32)
+        a_CC *= tl.exp2(-too_large)
+        tl.store(a_ptr + C - 1, too_large)
+    up_to_CC = i_C[:, None] // 16 >= i_C[None, :] // 16
+    tl.store(a_ptr + i_C[:, None] * C + i_C[None, :], a_CC, mask=up_to_CC)
+
+
+@triton.jit
+def load_a(a_ptr, C: tl.constexpr, dtype: tl.constexpr):
+    """What `store_a` stored, in float32."""
+    i_C = tl.arange(0, C)
+    a_CC = triangle(a_ptr + i_C[:, None] * C + i_C[None, :], i_C, i_C, 1).to(tl.float32)
+    if dtype == tl.bfloat16:
+        a_CC *= tl.exp2(tl.load(a_ptr + C - 1).to(tl.float32))
+    return a_CC
 
 
 @triton.jit
@@ -80,11 +98,7 @@ def applied(a_ptr, C: tl.constexpr, x_CV, dtype: tl.constexpr):
     if dtype == tl.float32:
         return loaded_product(a_ptr, C, 1, x_CV, acc_CV, 1)
     else:
-        i_C = tl.arange(0, C)
-        at_CC = i_C[:, None] * C + i_C[None, :]
-        a_CC = triangle(a_ptr + at_CC, i_C, i_C, 1).to(tl.float32)
-        if dtype == tl.bfloat16:
-            a_CC *= 1.0 / A_UNIT
+        a_CC = load_a(a_ptr, C, dtype)
         high_CC = a_CC.to(dtype)
         acc_CV = tl.dot((a_CC - high_CC.to(tl.float32)).to(dtype), x_CV, acc_CV)
         return tl.dot(high_CC, x_CV, acc_CV)
