@@ -18,7 +18,8 @@ from chunk_laws import assert_outputs
 
 from benchmarks import traffic
 from gdn2_ops.kernels import chunk_forward, tiles
-from gdn2_ops.kernels.products import load_a, store_a
+from gdn2_ops.kernels.prepare import FOR_RECUR
+from gdn2_ops.kernels.products import load_a, store_a, triangle_size
 
 HALF = (torch.float32, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
@@ -148,15 +149,15 @@ def test_nothing_is_left_uninitialised(cu_seqlens, dtype, poisoned_empty):
 
 
 @every_dtype
-@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 5, 220, 220, 230)])
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 5, 350, 350, 360)])
 def test_what_the_backward_pass_is_given(cu_seqlens, dtype):
     """States before each group of chunks, and R: each chunk's own tokens from its state give both again."""
-    case = Case("recomputed", 230, cu_seqlens=cu_seqlens, H=1, HV=2)
+    case = Case("recomputed", 360, cu_seqlens=cu_seqlens, H=1, HV=2)
     x, cu = inputs(case, dtype), bounds(case)
-    prepared = chunk_forward.prepare(x.q, x.k, x.g, x.b, cu, 1.0, keep_a=True)
+    prepared = chunk_forward.prepare(x.q, x.k, x.g, x.b, cu, 1.0, backward=FOR_RECUR.value)
     states, r = chunk_forward.recur_for_backward(prepared, x.v, x.w, x.state, cu, case.K)
     assert states.dtype == r.dtype == dtype and r.shape == x.v.shape
-    group = chunk_forward.GROUP.value
+    group = chunk_forward.group(8 * dtype.itemsize)
     for n, (begin, end) in enumerate(zip(cu_seqlens or (0,), (cu_seqlens or (0, case.T))[1:])):
         first_group = begin // (group * chunk_forward.C) + n
         for c, at in enumerate(range(begin, end, chunk_forward.C)):
@@ -218,7 +219,7 @@ def round_trip_kernel(x_ptr, a_ptr, y_ptr, C: tl.constexpr):
 @pytest.mark.parametrize("largest", [1.0, 6e4, 7e4, 1e9, 3e38])
 def test_a_of_bfloat16_has_float16_s_digits_at_any_size(largest):
     torch.manual_seed(0)
-    x, a, y = largest * (torch.rand(64, 64) - 0.5).tril(), torch.empty(64, 64).half(), torch.empty(64, 64)
+    x, a, y = largest * (torch.rand(64, 64) - 0.5).tril(), torch.empty(triangle_size(64)).half(), torch.empty(64, 64)
     x.diagonal().copy_(torch.where(torch.arange(64) % 2 == 1, largest, 1.0))
     round_trip_kernel[(1,)](x, a, y, C=64)
     least = max(largest * 2**-38, 2**-25)  # half of float16's least number
@@ -250,7 +251,7 @@ def test_no_kernel_spills_and_all_but_float32_use_the_tensor_cores_of_hopper(com
     assert [row["kernel"] for row in compiled] == ["prepare", "prepare", *recur, "prepare", *recur, "summarise"]
     old = triton.__version__.startswith("3.6.")
     for row in compiled:
-        spilled = 8 if old and (row["kernel"], row["dtype"]) == ("prepare", "fp32") else 0
+        spilled = 24 if old and (row["kernel"], row["dtype"]) == ("prepare", "fp32") else 0
         assert row["stack"] <= spilled and (spilled or row["LDL"] == row["STL"] == 0), row
         assert (row["HGMMA"] > 0) == (row["dtype"] != "fp32") and row["shared"] <= 227 << 10, row
         # barriers, of prepare: 52 in bfloat16, float16 converts more; substitution row by row had 546

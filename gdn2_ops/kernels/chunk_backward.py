@@ -1,6 +1,6 @@
 """The gradients of whole sequences: four kernels, nothing kept from the forward pass but its inputs.
 
-`prepare`, `recur` (chunk_forward.py) again, with BACKWARD: the operands of every chunk, S before every third one,
+`prepare`, `recur` (chunk_forward.py) again, with BACKWARD: the operands of every chunk, S before each group of chunks,
 and R = A X. Then with dS the gradient of the state after the chunk, equations (9) and (10) of docs/derivation.md in
 those operands:
 
@@ -20,11 +20,13 @@ dS does. R waits in the memory of dv, dX in that of dw, until a program of `grad
 dv and dw are products of a dX that has been rounded. In float16 `recur_back` multiplies by two halves of each number of
 Ax, and of dX where it carries dS (decision 0005).
 
-Memory. At most, over inputs and gradients, for long sequences and heads of 128, 256 and in bfloat16 64: two states of a
-group, that is 2 e K V / (3 C) bytes for a token and value head, e bytes a number: 341 for bfloat16 and heads of 128.
-One state of every chunk is 512, the gradients are 1,792. A is freed after `recur`, the rest of the workspace of
-`prepare` before dq, dk, dg and db are made, which take more: 904 bytes (of float16 1,032) and 1,280 there. Of smaller
-heads the squares of a chunk are more than those; sizes between the compiled ones pad the workspace.
+Memory over inputs and gradients, for long sequences and any compiled head sizes, at most: two states of a group, which
+is 2 e K V / (G C) bytes for a token and value head, e bytes a number: 341 in half precision and heads of 128, 410 in
+float32. One bfloat16 state of every chunk would be 512; the gradients are 1,792 and 3,072. A is freed after `recur`,
+the rest of the workspace of `prepare` before dq, dk, dg and db are made, which take more; where they do not
+(`is_prepared_twice`) `prepare` runs twice. A walk in segments (segments.py) may need more than two states of a group,
+less than the state of every chunk. Sizes between the compiled ones pad the workspace: heads of 48 or 80 need less than
+the state of every chunk still, heads of 33 need 83 bytes in bfloat16 and 286 in float32, where it would be 34.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2_ops.kernels.chunk_forward import GROUP, bounds, recur_for_backward
+from gdn2_ops.kernels import tiles
+from gdn2_ops.kernels.chunk_forward import bounds, group, kept_groups, kept_states, recur_for_backward, segments_of_walk
 from gdn2_ops.kernels.gradients import GRADIENTS
-from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.prepare import prepare
-from gdn2_ops.kernels.products import loaded_product
+from gdn2_ops.kernels.kernel import A_DTYPES, DTYPES, Kernel, is_masked
+from gdn2_ops.kernels.prepare import FOR_RECUR, FOR_RECUR_BACK, C, prepare, slots
+from gdn2_ops.kernels.products import loaded_product, triangle_product, triangle_size
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "key_size", "value_size"])
@@ -73,11 +76,12 @@ def recur_back_kernel(
     BV: tl.constexpr,
 ):
     operand: tl.constexpr = e_ptr.dtype.element_ty
+    G: tl.constexpr = group(operand.primitive_bitwidth)
     i_v = tl.program_id(0) % (V // BV)
     i_hv = tl.program_id(0) // (V // BV) % HV
     i_n = tl.program_id(0) // (V // BV * HV)
     first, tokens, first_slot = bounds(cu_seqlens_ptr, i_n, T, C, PACKED)
-    _, _, first_group = bounds(cu_seqlens_ptr, i_n, T, GROUP.value * C, PACKED)
+    _, _, first_group = bounds(cu_seqlens_ptr, i_n, T, G * C, PACKED)
     chunks = tl.cdiv(tokens, C)
     keys, values = key_size if MASKED else K, value_size if MASKED else V
 
@@ -99,13 +103,13 @@ def recur_back_kernel(
         at_CV = i_C[:, None] * (HV * values) + i_V[None, :]
         live_CV = (row + i_C < tokens)[:, None] & (i_V < values)[None, :]
         operand_KV = dstate_KV.to(operand)
-        if (i_c % GROUP.value == GROUP.value - 1) | (done == 0):
-            at_dstates = ((first_group + i_c // GROUP.value).to(tl.int64) * HV + i_hv) * keys * values
+        if (i_c % G == G - 1) | (done == 0):
+            at_dstates = ((first_group + i_c // G).to(tl.int64) * HV + i_hv) * keys * values
             tl.store(dstates_ptr + at_dstates + at_KV, operand_KV, mask=live_KV)
         do_CV = tl.load(do_ptr + at_token + at_CV, mask=live_CV, other=0.0)
-        dx_CV = loaded_product(ax_ptr + at_slot * C * C, 1, C, do_CV, tl.zeros([C, BV], tl.float32), -1)
+        dx_CV = triangle_product(ax_ptr + at_slot * triangle_size(C), do_CV, tl.zeros([C, BV], tl.float32), -1)
         if operand == tl.float16:
-            dx_CV = loaded_product(ax_rest_ptr + at_slot * C * C, 1, C, do_CV, dx_CV, -1)
+            dx_CV = triangle_product(ax_rest_ptr + at_slot * triangle_size(C), do_CV, dx_CV, -1)
         dx_CV = loaded_product(kx_ptr + at_slot * C * K, K, 1, operand_KV, dx_CV)
         stored_CV = dx_CV.to(operand)
         tl.store(dx_ptr + at_token + at_CV, stored_CV, mask=live_CV)
@@ -136,6 +140,24 @@ RECUR_BACK = (_described("recur_back", 0), _described("recur_back_masked", 1))  
 KERNELS = (GRADIENTS, *RECUR_BACK)
 
 
+def is_prepared_twice(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether `prepare` runs twice, for `recur_back` and then for `recur`, and neither workspace waits for the other
+    one's reader: where that takes less memory. Sequences count as if their last chunks were full."""
+    (B, T, H, key_size), (HV, V), K = q.shape, v.shape[2:], tiles.head_size(q.shape[3])
+    N, segments = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, segments_of_walk(v, cu_seqlens)
+    chunks, number = slots(B, T, cu_seqlens, C) * H, q.dtype.itemsize
+    keys, triangle = number * chunks * C * K, chunks * triangle_size(C)  # E, or Qd, or Kx; numbers of Ax
+    ax, a = number * triangle * (2 if q.dtype == torch.float16 else 1), A_DTYPES[DTYPES[q.dtype]].itemsize * triangle
+    values, decay = number * chunks * C * V * HV // H, 4 * chunks * K  # R, or dX
+    states = number * kept_groups(q, cu_seqlens) * HV * key_size * V  # S, or dS
+    walk = 4 * N * segments * key_size * (H * key_size + HV * V) if segments > 1 else 0
+    gradients = (3 * number + 4) * chunks * C * key_size + 2 * (values + states)
+    workspace = 3 * keys + ax + decay
+    once = max(gradients, workspace + a + values + states + walk, workspace + 2 * (values + states))
+    twice = max(workspace + values + states, 2 * keys + a + decay + 2 * (values + states) + walk)
+    return max(gradients, twice) < once
+
+
 def chunk_backward(
     do: Tensor,
     dfinal_state: Tensor | None,
@@ -154,11 +176,13 @@ def chunk_backward(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     do, q, k, v, g, b, w = (x.contiguous() for x in (do, q, k, v, g, b, w))
     dfinal_state, cu_seqlens = (None if x is None else x.contiguous() for x in (dfinal_state, cu_seqlens))
-    prepared = prepare(q, k, g, b, cu_seqlens, scale, keep_a=True)
-    states, dv = recur_for_backward(prepared, v, w, state, cu_seqlens, key_size)  # R
+    twice = is_prepared_twice(q, v, cu_seqlens)
+    prepared = prepare(q, k, g, b, cu_seqlens, scale, backward=FOR_RECUR_BACK.value + (0 if twice else FOR_RECUR.value))
+    if not twice:
+        states, dv = recur_for_backward(prepared, v, w, state, cu_seqlens, key_size)  # R
     operands = (prepared.e, prepared.qd, prepared.kx, prepared.ax, prepared.ax_rest, prepared.decay)
     del prepared  # and A with it
-    dw, dstates = torch.empty_like(w), torch.empty_like(states)  # dX
+    dw, dstates = torch.empty_like(w), kept_states(v, cu_seqlens, key_size)  # dX
     dstate = g.new_empty(N, HV, key_size, value_size)
     packed, masked = int(cu_seqlens is not None), is_masked(key_size, value_size)
     RECUR_BACK[masked].launch(
@@ -174,6 +198,10 @@ def chunk_backward(
         MASKED=masked,
     )
     del operands
+    if twice:
+        prepared = prepare(q, k, g, b, cu_seqlens, scale, backward=FOR_RECUR.value)
+        states, dv = recur_for_backward(prepared, v, w, state, cu_seqlens, key_size)
+        del prepared
     dq, dk, dg, db = (torch.empty_like(x) for x in (q, k, g, b))
     GRADIENTS.launch(
         (states.shape[0] * H,),

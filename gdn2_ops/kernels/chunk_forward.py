@@ -16,11 +16,11 @@ N sequences; HV value heads in groups of HV / H that share a key head.
 
 The workspace, written by `prepare`. Chunk c of sequence n has slot n ceil(T / C) + c; packed sequences start at slot
 begin_n // C + n instead, which needs no table: there are T // C + N slots and those left over are never touched. Groups
-of GROUP chunks have places of their own, by the same rule with GROUP C. Tokens past the end of a sequence are rows of
-zeros, of A the identity's; in the matrices of a chunk blocks of 16 above the diagonal are not touched. q's dtype, but
-decay is float32 and a has a dtype of its own (A_DTYPES in kernel.py, `store_a`, decision 0005):
+of G chunks have places of their own, by the same rule with G C. Tokens past the end of a sequence are rows of
+zeros, of A the identity's. q's dtype, but decay is float32 and a has a dtype of its own (A_DTYPES in kernel.py,
+`store_a`, decision 0005). Of the matrices of a chunk the blocks of 16 up to the diagonal are stored (`in_triangle`):
 
-    e, qd, kx [slots, H, C, K]      ax [slots, H, C, C]      decay [slots, H, K]      (K: zeros past key_size)
+    e, qd, kx [slots, H, C, K]      ax [slots, H, C (C + 16) / 2]      decay [slots, H, K]      (K: zeros past key_size)
     BACKWARD:  a like ax, for float16 also ax_rest, the difference between Ax and ax
                states [groups, HV, key_size, value_size]      r [B, T, HV, V] like v
 
@@ -38,10 +38,15 @@ from torch import Tensor
 from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import Kernel, is_masked
 from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, bounds, carried, minus_taken, prepare, slots
-from gdn2_ops.kernels.products import applied, loaded_product
+from gdn2_ops.kernels.products import applied, loaded_product, triangle_product, triangle_size
 from gdn2_ops.kernels.segments import CHAIN, SUMMARISE, starts
 
-GROUP = tl.constexpr(3)  # chunks that share a kept state in the backward pass; gradients.py carries it over two
+
+@triton.constexpr_function
+def group(bits):
+    """G: chunks that share a kept state in the backward pass, by the bits of an operand. gradients.py carries it over
+    the others; float32's, which takes twice the memory, over more."""
+    return 5 if bits == 32 else 3
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "segments", "length", "key_size", "value_size"])
@@ -81,12 +86,13 @@ def recur_kernel(
     BV: tl.constexpr,
 ):
     operand: tl.constexpr = e_ptr.dtype.element_ty
+    G: tl.constexpr = group(operand.primitive_bitwidth)
     i_v = tl.program_id(0) % (V // BV)
     i_hv = tl.program_id(0) // (V // BV) % HV
     i_run = tl.program_id(0) // (V // BV * HV)  # of N * segments
     i_n = i_run // segments
     first, tokens, first_slot = bounds(cu_seqlens_ptr, i_n, T, C, PACKED)
-    _, _, first_group = bounds(cu_seqlens_ptr, i_n, T, GROUP.value * C, PACKED)
+    _, _, first_group = bounds(cu_seqlens_ptr, i_n, T, G * C, PACKED)
     chunks = tl.cdiv(tokens, C)
     begin = i_run % segments * length
     end = tl.minimum(begin + length, chunks)
@@ -113,14 +119,14 @@ def recur_kernel(
         operand_KV = state_KV.to(operand)
         x_CV = minus_taken(e_ptr, at_slot, z_CV, operand_KV, C, K)
         if BACKWARD:
-            if i_c % GROUP.value == 0:
-                at_states = ((first_group + i_c // GROUP.value).to(tl.int64) * HV + i_hv) * keys * values
+            if i_c % G == 0:
+                at_states = ((first_group + i_c // G).to(tl.int64) * HV + i_hv) * keys * values
                 tl.store(states_ptr + at_states + at_KV, operand_KV, mask=live_KV)
-            r_CV = applied(a_ptr + at_slot * C * C, C, x_CV, operand)
+            r_CV = applied(a_ptr + at_slot * triangle_size(C), C, x_CV, operand)
             tl.store(r_ptr + at_token + at_CV, r_CV.to(operand), mask=live_CV)
         else:
             o_CV = loaded_product(qd_ptr + at_slot * C * K, K, 1, operand_KV, tl.zeros([C, BV], tl.float32))
-            o_CV = loaded_product(ax_ptr + at_slot * C * C, C, 1, x_CV, o_CV, 1)
+            o_CV = triangle_product(ax_ptr + at_slot * triangle_size(C), x_CV, o_CV, 1)
             tl.store(o_ptr + at_token + at_CV, o_CV.to(operand), mask=live_CV)
         state_KV = carried(decay_ptr, kx_ptr, at_slot, x_CV, state_KV, C, K)
 
@@ -174,13 +180,27 @@ def recur(
     return o, final_state
 
 
+def segments_of_walk(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Into how many segments `recur` walks each sequence, 1 where not in segments."""
+    N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return tiles.segments(N * v.shape[2] * triton.cdiv(v.shape[3], 64), triton.cdiv(v.shape[1], C))
+
+
+def kept_groups(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many groups of chunks have a place, of x [B, T, ...] in q's dtype."""
+    return slots(x.shape[0], x.shape[1], cu_seqlens, group(8 * x.dtype.itemsize) * C)
+
+
+def kept_states(v: Tensor, cu_seqlens: Tensor | None, key_size: int) -> Tensor:
+    """Memory for a state of every group of chunks, [groups, HV, key_size, value_size]."""
+    return v.new_empty(kept_groups(v, cu_seqlens), v.shape[2], key_size, v.shape[3])
+
+
 def recur_for_backward(
     prepared: Workspace, v: Tensor, w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, key_size: int
 ) -> tuple[Tensor, Tensor]:
     """Launches `recur` for the states before each group of chunks [groups, HV, K, V] and r [B, T, HV, V]."""
-    r = torch.empty_like(v, memory_format=torch.contiguous_format)
-    groups = slots(v.shape[0], v.shape[1], cu_seqlens, GROUP.value * C)
-    states = v.new_empty(groups, v.shape[2], key_size, v.shape[3])
+    r, states = torch.empty_like(v, memory_format=torch.contiguous_format), kept_states(v, cu_seqlens, key_size)
     _launch_recur(prepared, v, w, state, cu_seqlens, (None, None, states, r), key_size)
     return states, r
 
@@ -195,10 +215,9 @@ def _launch_recur(
     key_size: int,
 ) -> None:
     (B, T, HV, V), H = v.shape, prepared.e.shape[1]
-    N, chunks = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, triton.cdiv(T, C)
+    N, segments = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, segments_of_walk(v, cu_seqlens)
     v, w, state = v.contiguous(), w.contiguous(), None if state is None else state.contiguous()
-    segments = tiles.segments(N * HV * triton.cdiv(V, 64), chunks)
-    length = triton.cdiv(chunks, segments)
+    length = triton.cdiv(triton.cdiv(T, C), segments)
     if segments > 1:
         state = starts(prepared, v, w, state, cu_seqlens, segments, length, key_size)
     operands = (prepared.e, prepared.qd, prepared.kx, prepared.ax, prepared.a, prepared.decay)

@@ -1,9 +1,9 @@
 """`gradients`: dq, dk, dg, db of a group of chunks, once its states, R and dX are known, and dv, dw. Letters:
 chunk_backward.py.
 
-The mathematics on tiles is in pulls.py; here is what is read and what is written. Of a group of three chunks S before
-the first and dS after the last are in memory: each chunk carries what it lacks over the other two, S over those before
-it, dS over those after it. Tokens of a block whose decays are too steep for one anchor owe each other what the pairwise
+The mathematics on tiles is in pulls.py; here is what is read and what is written. Of a group of G chunks S before the
+first and dS after the last are in memory: each chunk carries what it lacks over the others, S over those before it, dS
+over those after it. Tokens of a block whose decays are too steep for one anchor owe each other what the pairwise
 form says: it adds to the stored gradients, block by block, so that the registers it needs are not live beside the rest.
 
 One program has a group's chunks one after the other: all that reads its R and dX. So dv and dw take their place.
@@ -18,19 +18,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn2_ops.kernels.chunk_forward import GROUP
+from gdn2_ops.kernels.chunk_forward import group
 from gdn2_ops.kernels.kernel import Kernel
 from gdn2_ops.kernels.prepare import locate
 from gdn2_ops.kernels.pulls import add_pairwise, carriers, pull_chunk, pull_scores, pull_states, spans
 
 
 @triton.jit
-def others(i_c, group_tokens, C: tl.constexpr):
-    """The other two chunks of a group of three, in the order in which states are carried over them: each one's distance
-    in tokens, and the tokens that it has, none or fewer where none is there."""
-    far, near = tl.where(i_c == 0, 2, 0), tl.where(i_c == 1, 2, 1)
-    far_tokens, near_tokens = tl.minimum(group_tokens - far * C, C), tl.minimum(group_tokens - near * C, C)
-    return (far - i_c) * C, far_tokens, (near - i_c) * C, near_tokens
+def other(i_c, i_other: tl.constexpr, group_tokens, C: tl.constexpr, G: tl.constexpr):
+    """One of the G - 1 other chunks of a group, in the order in which states are carried over them: its distance in
+    tokens, the tokens that it has, none or fewer where none is there, and whether S goes over it, or dS."""
+    later = i_c > i_other
+    i = tl.where(later, i_other, G - 1 - i_other + i_c)
+    return (i - i_c) * C, tl.minimum(group_tokens - i * C, C), later
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "N", "key_size", "value_size"])
@@ -71,17 +71,18 @@ def gradients_kernel(
     BV: tl.constexpr,
 ):
     operand: tl.constexpr = q_ptr.dtype.element_ty
+    G: tl.constexpr = group(operand.primitive_bitwidth)
     SPAN: tl.constexpr = 4.0 if operand == tl.float32 else 100.0  # octaves; float32: more would cost digits
     i_group, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-    first, group_tokens = locate(cu_seqlens_ptr, i_group, T, N, GROUP.value * C, PACKED)
+    first, group_tokens = locate(cu_seqlens_ptr, i_group, T, N, G * C, PACKED)
     first = first.to(tl.int32)
     if group_tokens <= 0:
         return
     keys, values = key_size if MASKED else K, value_size if MASKED else V
-    group, stride, value_stride = HV // H, H * keys, HV * values
-    parts = group * (V // BV)
+    heads, stride, value_stride = HV // H, H * keys, HV * values
+    parts = heads * (V // BV)
     for i_chunk in tl.range(0, tl.cdiv(group_tokens, C), disable_licm=True):
-        at = ((first + i_chunk * C).to(tl.int64) * HV + i_h * group) * values
+        at = ((first + i_chunk * C).to(tl.int64) * HV + i_h * heads) * values
         dp_CC, dt_CC = pull_scores(
             *(do_ptr + at, dw_ptr + at, dv_ptr + at, tl.minimum(group_tokens - i_chunk * C, C)),
             *(value_stride, values, parts, scale, C, V, BV),
@@ -93,25 +94,22 @@ def gradients_kernel(
             program = tl.program_id(0) + unknown
             row = (first + i_c * C).to(tl.int64)
             at_keys = (row * H + program % H) * keys
-            at_values = (row * HV + program % H * group) * values
-            at_states = ((program // H).to(tl.int64) * HV + program % H * group) * keys * values
+            at_values = (row * HV + program % H * heads) * values
+            at_states = ((program // H).to(tl.int64) * HV + program % H * heads) * keys * values
             do, dx, r = do_ptr + at_values, dw_ptr + at_values, dv_ptr + at_values
             tokens = tl.minimum(group_tokens - i_c * C, C)
-            to_far, far_tokens, to_near, near_tokens = others(i_c, group_tokens, C)
-            at_far, at_near = at_keys + to_far * stride, at_keys + to_near * stride
-            far_K, far_x_CK, far_y_CK = carriers(
-                *(q_ptr + at_far, k_ptr + at_far, g_ptr + at_far, b_ptr + at_far, i_C, i_K, keys),
-                *(far_tokens, stride, scale, i_c > 0, operand),
-            )
-            near_K, near_x_CK, near_y_CK = carriers(
-                *(q_ptr + at_near, k_ptr + at_near, g_ptr + at_near, b_ptr + at_near, i_C, i_K, keys),
-                *(near_tokens, stride, scale, i_c > 1, operand),
-            )
+            over = ()
+            for i_other in tl.static_range(G - 1):
+                to_other, other_tokens, later = other(i_c, i_other, group_tokens, C, G)
+                at_other = at_keys + to_other * stride
+                carrier = carriers(
+                    *(q_ptr + at_other, k_ptr + at_other, g_ptr + at_other, b_ptr + at_other, i_C, i_K, keys),
+                    *(other_tokens, stride, scale, later, operand),
+                )
+                over = over + ((to_other * value_stride, other_tokens, later, carrier),)  # type: ignore[assignment]
             dq_CK, de_CK, dk_CK, ddecay_K = pull_states(
-                *(do, dx, r, states_ptr + at_states, dstates_ptr + at_states, i_C, i_K, keys),
-                *(far_K, far_x_CK, far_y_CK, to_far * value_stride, far_tokens, i_c > 0),
-                *(near_K, near_x_CK, near_y_CK, to_near * value_stride, near_tokens, i_c > 1),
-                *(tokens, value_stride, values, parts, V, BV),
+                *(do, dx, r, states_ptr + at_states, dstates_ptr + at_states, over, i_C, i_K, keys),
+                *(tokens, value_stride, values, parts, C, BK, V, BV, G),
             )
             at_CK = i_C[:, None] * stride + i_K[None, :]
             live_CK = (i_C < tokens)[:, None] & (i_K < keys)[None, :]
@@ -147,7 +145,7 @@ def gradients_kernel(
         i_V = part % (V // BV) * BV + tl.arange(0, BV)
         for i_chunk in tl.range(0, tl.cdiv(group_tokens, C)):
             i_C = i_chunk * C + tl.arange(0, C)
-            at = (first.to(tl.int64) * HV + (tl.program_id(0) + tl.minimum(part, 0)) % H * group) * values
+            at = (first.to(tl.int64) * HV + (tl.program_id(0) + tl.minimum(part, 0)) % H * heads) * values
             at_CV = i_C[:, None] * value_stride + (part // (V // BV) * values + i_V)[None, :]
             live_CV = (i_C < group_tokens)[:, None] & (i_V < values)[None, :]
             dx_CV = tl.load(dw_ptr + at + at_CV, mask=live_CV, other=0.0).to(tl.float32)

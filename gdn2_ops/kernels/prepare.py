@@ -24,9 +24,10 @@ from torch import Tensor
 
 from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import A_DTYPES, DTYPES, Kernel, is_masked
-from gdn2_ops.kernels.products import loaded_product, product, store_a
+from gdn2_ops.kernels.products import load_triangle, loaded_product, product, store_a, store_triangle, triangle_size
 
 C = 64
+FOR_RECUR, FOR_RECUR_BACK = tl.constexpr(1), tl.constexpr(2)  # which of the backward pass reads a workspace, bits
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -130,7 +131,7 @@ def invert(t_PRR, t_CC, dtype: tl.constexpr):
     return x_CC
 
 
-@triton.jit(do_not_specialize=["T", "H", "N", "key_size", "keep_a"])
+@triton.jit(do_not_specialize=["T", "H", "N", "key_size", "backward"])
 def prepare_kernel(
     # inputs
     q_ptr,
@@ -143,7 +144,7 @@ def prepare_kernel(
     H,
     N,
     key_size,
-    keep_a,
+    backward,
     scale,
     # outputs
     e_ptr,
@@ -186,7 +187,6 @@ def prepare_kernel(
     before_PP = i_P[:, None] > i_P[None, :]
     after_PP = i_P[:, None] < i_P[None, :]
     middle_PP = ((i_P[:, None] == 0) & (i_P[None, :] == 1)) | ((i_P[:, None] == 3) & (i_P[None, :] == 2))
-    up_to_CC = (i_C // 16)[:, None] >= (i_C // 16)[None, :]  # blocks up to the diagonal
     near_CC, far_CC = neighbours(i_C, 16), neighbours(i_C, 32)
 
     t_CC, aqk_CC = tl.zeros([C, C], WIDE), tl.zeros([C, C], tl.float32)
@@ -218,7 +218,8 @@ def prepare_kernel(
         before_PK = (along_blocks(link_PK, before_PP) + g_first_K[None, :]).to(tl.float32)
         gamma_PRK = to_head_PRK.to(tl.float32) * tl.exp2(before_PK)[:, None, :]
         tail_PRK = to_reach_PRK.to(tl.float32) * tl.exp2(along_blocks(link_PK, after_PP).to(tl.float32))[:, None, :]
-        tl.store(qd_ptr + at_slot * C * K + at_work_PRK, (q_PRK * gamma_PRK).to(operand))
+        if backward != FOR_RECUR:
+            tl.store(qd_ptr + at_slot * C * K + at_work_PRK, (q_PRK * gamma_PRK).to(operand))
         tl.store(e_ptr + at_slot * C * K + at_work_PRK, (e_PRK.to(tl.float32) * gamma_PRK).to(operand))
         if EXACT:
             tl.store(kx_ptr + at_slot * C * K + at_work_PRK, k_PRK.to(tl.float32) * tail_PRK)
@@ -252,24 +253,24 @@ def prepare_kernel(
         else:
             t_far_CC, aqk_far_CC = scores(e_CK, q_CK, k_CK, far_CC, t_far_CC, aqk_far_CC, operand)
 
-    at_CC = i_C[:, None] * C + i_C[None, :]
+    at_triangle = at_slot * triangle_size(C)
     aqk_PRR = tl.where((i_R[:, None] >= i_R[None, :])[None, :, :], aqk_PRR, 0.0)
     if not EXACT:
         t_CC = tl.where(near_CC, t_CC, t_far_CC)
         aqk_CC = tl.where(near_CC, aqk_CC, tl.where(far_CC, aqk_far_CC, 0.0))
     aqk_CC += on_diagonal(aqk_PRR)
-    if EXACT:
-        tl.store(ax_ptr + at_slot * C * C + at_CC, aqk_CC, mask=up_to_CC)
+    if EXACT and backward != FOR_RECUR:
+        store_triangle(ax_ptr + at_triangle, aqk_CC)
     a_CC = invert(t_PRR, t_CC, operand)
-    if a_ptr is not None:  # noqa: SIM102, absence is known when compiling; in a cubin it is there, null unless keep_a
-        if keep_a:
-            store_a(a_ptr + at_slot * C * C, a_CC, operand)
+    if backward & FOR_RECUR:
+        store_a(a_ptr + at_triangle, a_CC, operand)
     if EXACT:
         tl.debug_barrier()  # Aqk and Kt come back from other threads
-        aqk_CC = tl.load(ax_ptr + at_slot * C * C + at_CC, mask=up_to_CC, other=0.0)
-        ax_CC = product(aqk_CC.to(WIDE), a_CC, tl.zeros([C, C], WIDE), operand)
-        tl.debug_barrier()
-        tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC, mask=up_to_CC)
+        if backward != FOR_RECUR:
+            aqk_CC = load_triangle(ax_ptr + at_triangle, C)
+            ax_CC = product(aqk_CC.to(WIDE), a_CC, tl.zeros([C, C], WIDE), operand)
+            tl.debug_barrier()
+            store_triangle(ax_ptr + at_triangle, ax_CC)
         for i_slice in tl.range(0, SLICES):
             at_CK = at_slot * C * K + i_C[:, None] * K + (i_slice * BK + tl.arange(0, BK))[None, :]
             kt_CK = tl.load(kx_ptr + at_CK).to(WIDE)
@@ -277,12 +278,11 @@ def prepare_kernel(
             tl.debug_barrier()
             tl.store(kx_ptr + at_CK, kx_CK)
     else:
-        ax_CC = product(aqk_CC, a_CC, tl.zeros([C, C], tl.float32), operand)
-        tl.store(ax_ptr + at_slot * C * C + at_CC, ax_CC.to(operand), mask=up_to_CC)
-        if operand == tl.float16 and ax_rest_ptr is not None:  # noqa: SIM102, as of A
-            if keep_a:
-                rest_CC = (ax_CC - ax_CC.to(operand).to(tl.float32)).to(operand)
-                tl.store(ax_rest_ptr + at_slot * C * C + at_CC, rest_CC, mask=up_to_CC)
+        if backward != FOR_RECUR:
+            ax_CC = product(aqk_CC, a_CC, tl.zeros([C, C], tl.float32), operand)
+            store_triangle(ax_ptr + at_triangle, ax_CC.to(operand))
+            if operand == tl.float16 and backward & FOR_RECUR_BACK:
+                store_triangle(ax_rest_ptr + at_triangle, (ax_CC - ax_CC.to(operand).to(tl.float32)).to(operand))
         kx_CK = product(tl.trans(a_CC), tl.reshape(kt_PRSK, [C, K]), tl.zeros([C, K], tl.float32), operand)
         tl.store(kx_ptr + at_slot * C * K + i_C[:, None] * K + tl.arange(0, K)[None, :], kx_CK.to(operand))
 
@@ -313,14 +313,14 @@ def carried(decay_ptr, kx_ptr, at_slot, x_CV, state_KV, C: tl.constexpr, K: tl.c
 
 
 class Workspace(NamedTuple):
-    """What `prepare` writes, in the layout of chunk_forward.py."""
+    """What `prepare` writes, in the layout of chunk_forward.py; what nobody wants has no numbers."""
 
     e: Tensor
     qd: Tensor
     kx: Tensor
     ax: Tensor
-    ax_rest: Tensor | None
-    a: Tensor | None
+    ax_rest: Tensor
+    a: Tensor
     decay: Tensor
 
 
@@ -329,7 +329,7 @@ PREPARE = Kernel(
     function=prepare_kernel,
     types=dict.fromkeys(("q", "k"), "*q")
     | {"g": "*fp32", "b": "*q", "cu_seqlens": "*i64"}
-    | dict.fromkeys(("T", "H", "N", "key_size", "keep_a"), "i32")
+    | dict.fromkeys(("T", "H", "N", "key_size", "backward"), "i32")
     | {"scale": "fp32"}
     | dict.fromkeys(("e", "qd", "kx", "ax", "ax_rest"), "*q")
     | {"a": "*a", "decay": "*fp32"},
@@ -344,19 +344,27 @@ def slots(B: int, T: int, cu_seqlens: Tensor | None, size: int) -> int:
 
 
 def prepare(
-    q: Tensor, k: Tensor, g: Tensor, b: Tensor, cu_seqlens: Tensor | None, scale: float, *, keep_a: bool = False
+    q: Tensor, k: Tensor, g: Tensor, b: Tensor, cu_seqlens: Tensor | None, scale: float, *, backward: int = 0
 ) -> Workspace:
     """Launches `prepare`. Tensors of other strides than contiguous ones are copied, here and below.
 
-    keep_a: whether A is wanted, and of float16 ax_rest: for the backward pass.
+    backward: 0, or FOR_RECUR, which reads A, and alone neither Qd nor Ax; or FOR_RECUR_BACK, which reads ax_rest of
+        float16; or both.
     """
     (B, T, H, key_size), K = q.shape, tiles.head_size(q.shape[3])
     chunks = slots(B, T, cu_seqlens, C)
-    e, qd, kx = (q.new_empty(chunks, H, C, K) for _ in range(3))
-    ax = q.new_empty(chunks, H, C, C)
-    ax_rest = torch.empty_like(ax) if keep_a and q.dtype == torch.float16 else None
-    a = torch.empty_like(ax, dtype=A_DTYPES[DTYPES[q.dtype]]) if keep_a else None
-    out = Workspace(e, qd, kx, ax, ax_rest, a, g.new_empty(chunks, H, K))
+    if_read = 0 if backward == FOR_RECUR.value else chunks
+    if_rest = chunks if backward & FOR_RECUR_BACK.value and q.dtype == torch.float16 else 0
+    if_a = chunks if backward & FOR_RECUR.value else 0
+    out = Workspace(
+        e=q.new_empty(chunks, H, C, K),
+        qd=q.new_empty(if_read, H, C, K),
+        kx=q.new_empty(chunks, H, C, K),
+        ax=q.new_empty(if_read, H, triangle_size(C)),
+        ax_rest=q.new_empty(if_rest, H, triangle_size(C)),
+        a=q.new_empty(if_a, H, triangle_size(C), dtype=A_DTYPES[DTYPES[q.dtype]]),
+        decay=g.new_empty(chunks, H, K),
+    )
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     inputs = (q.contiguous(), k.contiguous(), g.contiguous(), b.contiguous(), cu_seqlens)
     PREPARE.launch(
@@ -365,7 +373,7 @@ def prepare(
         q.dtype,
         key_size,
         key_size,
-        *(*inputs, T, H, N, key_size, int(keep_a), scale, *out),
+        *(*inputs, T, H, N, key_size, backward, scale, *out),
         PACKED=int(cu_seqlens is not None),
         MASKED=is_masked(key_size, key_size),
     )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from gdn2_ops.kernels.prepare import LOG2_E, along_blocks, neighbours
-from gdn2_ops.kernels.products import product
+from gdn2_ops.kernels.products import halves, product
 
 
 @triton.jit
@@ -30,11 +30,12 @@ def summed(a, b, acc, EXACT: tl.constexpr):
 @triton.jit
 def summed_finely(a, b, acc, EXACT: tl.constexpr):
     """As `summed`; where b is float16, of both halves of each number of a, which is float32."""
-    high = a.to(b.dtype)
-    acc = summed(high, b, acc, EXACT)
     if b.dtype == tl.float16:
-        acc = summed((a - high.to(tl.float32)).to(b.dtype), b, acc, EXACT)
-    return acc
+        high, rest = halves(a, b.dtype)
+        acc = summed(rest, b, acc, EXACT)
+        return summed(high, b, acc, EXACT)
+    else:
+        return summed(a.to(b.dtype), b, acc, EXACT)
 
 
 @triton.jit
@@ -43,9 +44,9 @@ def pull(dp_CC, dt_CC, q_CK, e_CK, k_CK, row_CK, column_CK, dtype: tl.constexpr,
     dp_CC = dp_CC.to(dtype)
     k_CK = (k_CK * column_CK).to(dtype)
     zero_CK = tl.zeros(k_CK.shape, tl.float32)
+    de_CK = row_CK * summed_finely(dt_CC, k_CK, zero_CK, EXACT)
     dq_CK = row_CK * summed(dp_CC, k_CK, zero_CK, EXACT)
     dk_CK = summed(tl.trans(dp_CC), (q_CK * row_CK).to(dtype), zero_CK, EXACT)
-    de_CK = row_CK * summed_finely(dt_CC, k_CK, zero_CK, EXACT)
     dk_CK = summed_finely(tl.trans(dt_CC), (e_CK * row_CK).to(dtype), dk_CK, EXACT)
     return dq_CK, de_CK, column_CK * dk_CK
 
@@ -154,14 +155,13 @@ def carry(
     at_CV,
     i_C,
     i_V,
-    carry_K,
-    x_CK,
-    y_CK,
+    carrier,
     tokens,
     later,
     values,
 ):
     """S, for a later chunk, or dS, for an earlier one, over the chunk at at_CV; the other one as it is."""
+    carry_K, x_CK, y_CK = carrier
     operand: tl.constexpr = r_ptr.dtype.element_ty
     EXACT: tl.constexpr = operand == tl.float32
     live_CV = (i_C < tokens)[:, None] & (i_V < values)[None, :]
@@ -183,37 +183,30 @@ def pull_states(
     r_ptr,
     states_ptr,
     dstates_ptr,
+    over,
     i_C,
     i_K,
     keys,
-    far_K,
-    far_x_CK,
-    far_y_CK,
-    to_far,
-    far_tokens,
-    after_far,
-    near_K,
-    near_x_CK,
-    near_y_CK,
-    to_near,
-    near_tokens,
-    after_near,
     tokens,
     stride,
     values,
     parts,
+    C: tl.constexpr,
+    BK: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
+    G: tl.constexpr,
 ):
     """dO S^T, -dX S^T and R dS^T for a slice of keys (10), and the sum of S dS over the values.
 
-    Of a group of chunks S before the first and dS after the last are in memory; both come to this chunk over the other
-    two, first the far one, then the near one, `to_far` and `to_near` numbers away.
+    Of a group of chunks S before the first and dS after the last are in memory; both come to this chunk over the G - 1
+    others. over: of each of those how many numbers away it is, its tokens, whether it is S that goes over it, and
+    `carriers`.
     """
     operand: tl.constexpr = r_ptr.dtype.element_ty
     EXACT: tl.constexpr = operand == tl.float32
-    zero_CK = tl.zeros(far_x_CK.shape, tl.float32)
-    dq_CK, de_CK, dk_CK, ddecay_KV = zero_CK, zero_CK, zero_CK, tl.zeros([far_x_CK.shape[1], BV], tl.float32)
+    zero_CK = tl.zeros([C, BK], tl.float32)
+    dq_CK, de_CK, dk_CK, ddecay_KV = zero_CK, zero_CK, zero_CK, tl.zeros([BK, BV], tl.float32)
     for part in tl.range(0, parts):
         i_V = part % (V // BV) * BV + tl.arange(0, BV)
         at_CV = i_C[:, None] * stride + (part // (V // BV) * values + i_V)[None, :]
@@ -222,14 +215,12 @@ def pull_states(
         live_KV = (i_K < keys)[:, None] & (i_V < values)[None, :]
         state_KV = tl.load(states_ptr + at_KV, mask=live_KV, other=0.0)
         dstate_KV = tl.load(dstates_ptr + at_KV, mask=live_KV, other=0.0)
-        state_KV, dstate_KV = carry(
-            *(state_KV, dstate_KV, do_ptr, dx_ptr, r_ptr, to_far + at_CV, i_C, i_V),
-            *(far_K, far_x_CK, far_y_CK, far_tokens, after_far, values),
-        )
-        state_KV, dstate_KV = carry(
-            *(state_KV, dstate_KV, do_ptr, dx_ptr, r_ptr, to_near + at_CV, i_C, i_V),
-            *(near_K, near_x_CK, near_y_CK, near_tokens, after_near, values),
-        )
+        for i_other in tl.static_range(G - 1):
+            to_other, other_tokens, later, carrier = over[i_other]
+            state_KV, dstate_KV = carry(
+                *(state_KV, dstate_KV, do_ptr, dx_ptr, r_ptr, to_other + at_CV, i_C, i_V),
+                *(carrier, other_tokens, later, values),
+            )
         ddecay_KV += dstate_KV.to(tl.float32) * state_KV.to(tl.float32)
         do_CV = tl.load(do_ptr + at_CV, mask=live_CV, other=0.0)
         dq_CK = summed(do_CV, tl.trans(state_KV), dq_CK, EXACT)

@@ -8,7 +8,8 @@ A chunk's state is linear in the one before it, S' = (Diag(decay) - Kx^T E) S + 
              serial over the chunks of its segment. Segments that nothing follows are left out.
 `chain`:     one program per (sequence, value head, BV value channels), serial over segments: the state before each.
 `recur` then starts every segment from its own state. Letters and the workspace: chunk_forward.py; tiles.segments says
-when. float32 throughout:  m [N, segments, H, key_size, key_size]    f, starts [N, segments, HV, key_size, value_size]
+when. float32 throughout:  m [N, segments, H, key_size, key_size]    f [N, segments, HV, key_size, value_size], in which
+`chain` puts the state before a segment in the place of its F.
 """
 
 from __future__ import annotations
@@ -87,7 +88,6 @@ def summarise_kernel(
 def chain_kernel(
     # inputs
     m_ptr,
-    f_ptr,
     state_ptr,
     cu_seqlens_ptr,
     # sizes
@@ -98,8 +98,8 @@ def chain_kernel(
     length,
     key_size,
     value_size,
-    # outputs
-    starts_ptr,
+    # F; the state before each segment in the end
+    f_ptr,
     # constexprs
     K: tl.constexpr,
     V: tl.constexpr,
@@ -127,11 +127,13 @@ def chain_kernel(
     used = tl.maximum(tl.cdiv(tl.cdiv(tokens, C), length), 1)
     for i_segment in tl.range(0, used):
         run = i_n.to(tl.int64) * segments + i_segment
-        at_start = (run * HV + i_hv) * keys * values
-        tl.store(starts_ptr + at_start + at_KV, state_KV, mask=live_KV)
+        at_f = (run * HV + i_hv) * keys * values
+        f_KV = tl.load(f_ptr + at_f + at_KV, mask=live_KV & (i_segment + 1 < used), other=0.0)
+        tl.debug_barrier()  # nobody stores before all of it is loaded
+        tl.store(f_ptr + at_f + at_KV, state_KV, mask=live_KV)
         if i_segment + 1 < used:
             tl.debug_barrier()  # the state comes back in slices that other threads wrote
-            state_KV = tl.load(f_ptr + at_start + at_KV, mask=live_KV, other=0.0)
+            state_KV = f_KV
             for i_slice in tl.range(0, K // BK):
                 i_BK = i_slice * BK + tl.arange(0, BK)
                 at_m = (run * H + i_hv // (HV // H)) * keys * keys
@@ -139,7 +141,7 @@ def chain_kernel(
                 m_KB = tl.load(m_ptr + at_m + i_K[:, None] * keys + i_BK[None, :], mask=live_KB, other=0.0)
                 live_BV = (i_BK < keys)[:, None] & (i_V < values)[None, :]
                 at_BV = i_BK[:, None] * values + i_V[None, :]
-                start_BV = tl.load(starts_ptr + at_start + at_BV, mask=live_BV, other=0.0)
+                start_BV = tl.load(f_ptr + at_f + at_BV, mask=live_BV, other=0.0)
                 state_KV = tl.dot(m_KB, start_BV, state_KV, input_precision="ieee" if EXACT else "tf32x3")
 
 
@@ -156,7 +158,7 @@ SUMMARISE = Kernel(
 CHAIN = Kernel(
     name="chain",
     function=chain_kernel,
-    types={"m": "*fp32", "f": "*fp32", "state": "*fp32", "cu_seqlens": "*i64"} | _SIZES | {"starts": "*fp32"},
+    types={"m": "*fp32", "state": "*fp32", "cu_seqlens": "*i64"} | _SIZES | {"f": "*fp32"},
     options={"STATE": (0, 1), "PACKED": (0, 1), "MASKED": (0, 1), "EXACT": (0, 1)},
     grid="(N * HV * V / BV, 1, 1)",
 )
@@ -191,17 +193,16 @@ def starts(
         PACKED=packed,
         MASKED=masked,
     )
-    out = torch.empty_like(f)
     CHAIN.launch(
         lambda c: (N * HV * (c["V"] // c["BV"]),),
         v.device,
         v.dtype,
         key_size,
         V,
-        *(m, f, state, cu_seqlens, *sizes, out),
+        *(m, state, cu_seqlens, *sizes, f),
         STATE=int(state is not None),
         PACKED=packed,
         MASKED=masked,
         EXACT=int(v.dtype == torch.float32),
     )
-    return out
+    return f

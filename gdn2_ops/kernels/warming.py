@@ -49,8 +49,7 @@ def _chunk(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
     for before in (None, state):
         for packed in (None, bounds, bounds.int()):
             chunk_forward.chunk(q, k, v, g, b, w, before, packed, 1.0)
-            prepared = chunk_forward.prepare(q, k, g, b, packed, 1.0)
-            segments.starts(prepared, v, w, before, packed, 1, 1, k.shape[-1])  # of few heads and a long T
+            _segments(q, k, v, g, b, w, before, packed)
 
 
 def _backward(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
@@ -60,6 +59,13 @@ def _backward(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
         for packed in (None, bounds, bounds.int()):
             for before in (None, state):
                 chunk_backward.chunk_backward(v, dstate, q, k, v, g, b, w, before, packed, 1.0)
+                _segments(q, k, v, g, b, w, before, packed)
+
+
+def _segments(q, k, v, g, b, w, before: torch.Tensor | None, packed: torch.Tensor | None) -> None:
+    """What few heads and a long T launch besides."""
+    prepared = chunk_forward.prepare(q, k, g, b, packed, 1.0)
+    segments.starts(prepared, v, w, before, packed, 1, 1, k.shape[-1])
 
 
 def _step_layer(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:

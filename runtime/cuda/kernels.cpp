@@ -23,10 +23,10 @@ constexpr Name NAMES[] = {
     GDN2_POINTER(q), GDN2_POINTER(k), GDN2_POINTER(v), GDN2_POINTER(g), GDN2_POINTER(b), GDN2_POINTER(w),
     GDN2_POINTER(state), GDN2_POINTER(slots), GDN2_POINTER(cu_seqlens), GDN2_POINTER(e), GDN2_POINTER(qd),
     GDN2_POINTER(kx), GDN2_POINTER(ax), GDN2_POINTER(ax_rest), GDN2_POINTER(a), GDN2_POINTER(decay), GDN2_POINTER(m),
-    GDN2_POINTER(f), GDN2_POINTER(starts), GDN2_POINTER(o), GDN2_POINTER(final_state), GDN2_POINTER(states),
+    GDN2_POINTER(f), GDN2_POINTER(o), GDN2_POINTER(final_state), GDN2_POINTER(states),
     GDN2_POINTER(r),
     GDN2_SIZE(T), GDN2_SIZE(H), GDN2_SIZE(HV), GDN2_SIZE(N), GDN2_SIZE(P), GDN2_SIZE(segments), GDN2_SIZE(length),
-    GDN2_SIZE(key_size), GDN2_SIZE(value_size), GDN2_SIZE(keep_a), {{"scale", Kind::fp32}, offsetof(Values, scale)}};
+    GDN2_SIZE(key_size), GDN2_SIZE(value_size), GDN2_SIZE(backward), {{"scale", Kind::fp32}, offsetof(Values, scale)}};
 #undef GDN2_POINTER
 #undef GDN2_SIZE
 // clang-format on

@@ -59,8 +59,8 @@ const Table& table();
 // What parameters point to, under the names of the kernels' parameters; a member without a value is null.
 struct Values {
   const void *q, *k, *v, *g, *b, *w, *state, *slots, *cu_seqlens;
-  void *e, *qd, *kx, *ax, *ax_rest, *a, *decay, *m, *f, *starts, *o, *final_state, *states, *r;
-  int32_t T, H, HV, N, P, segments, length, key_size, value_size, keep_a;
+  void *e, *qd, *kx, *ax, *ax_rest, *a, *decay, *m, *f, *o, *final_state, *states, *r;
+  int32_t T, H, HV, N, P, segments, length, key_size, value_size, backward;
   float scale;
   void* hidden;
 };

@@ -84,12 +84,11 @@ Workspace lay_out(const Problem& p, int64_t slots, int64_t segments) {
   at.e = place(at.end, rows * C * K * bytes(p.type));
   at.qd = place(at.end, rows * C * K * bytes(p.type));
   at.kx = place(at.end, rows * C * K * bytes(p.type));
-  at.ax = place(at.end, rows * C * C * bytes(p.type));
+  at.ax = place(at.end, rows * (C * (C + 16) / 2) * bytes(p.type));  // triangle_size of products.py
   at.decay = place(at.end, rows * K * sizeof(float));
   if (segments > 1) {
     at.m = place(at.end, p.B * segments * p.H * p.K * p.K * sizeof(float));
     at.f = place(at.end, states * sizeof(float));
-    at.starts = place(at.end, states * sizeof(float));
   }
   return at;
 }
@@ -169,7 +168,7 @@ std::string Operator::run(const Tensors& x, float scale, void* workspace, void* 
   values.q = x.q, values.k = x.k, values.v = x.v, values.g = x.g, values.b = x.b, values.w = x.w;
   values.e = base + at_.e, values.qd = base + at_.qd, values.kx = base + at_.kx, values.ax = base + at_.ax;
   values.decay = base + at_.decay;
-  values.m = base + at_.m, values.f = base + at_.f, values.starts = base + at_.starts;
+  values.m = base + at_.m, values.f = base + at_.f;
   values.o = x.o, values.final_state = x.final_state;
   const auto narrow = [](int64_t size) { return static_cast<int32_t>(size); };
   values.T = narrow(sizes_.T), values.H = narrow(sizes_.H), values.HV = narrow(sizes_.HV), values.N = narrow(sizes_.N);
@@ -177,7 +176,7 @@ std::string Operator::run(const Tensors& x, float scale, void* workspace, void* 
   values.key_size = narrow(sizes_.key_size), values.value_size = narrow(sizes_.value_size);
   values.scale = scale;
   for (int i = 0; i < count_; ++i) {
-    values.state = in_segments_[i] ? values.starts : x.state;
+    values.state = in_segments_[i] ? values.f : x.state;
     std::string failed = launches_[i].start(values, stream);
     if (!failed.empty()) return failed;
   }

@@ -39,7 +39,7 @@ size_t workspace_bytes(const Problem& largest);
 
 // Where the parts of the workspace begin, in bytes; `end` is their sum.
 struct Workspace {
-  size_t e, qd, kx, ax, decay, m, f, starts, end;
+  size_t e, qd, kx, ax, decay, m, f, end;
 };
 
 // The launches of one problem. Copies share what is loaded.
@@ -63,7 +63,7 @@ class Operator {
   Sizes sizes_ = {};
   Workspace at_ = {};
   Launch launches_[MOST] = {};
-  bool in_segments_[MOST] = {};  // starts from the states before each segment
+  bool in_segments_[MOST] = {};  // starts from the states before each segment, which `chain` puts where f was
   int count_ = 0;
 };
 

@@ -55,6 +55,12 @@ def test_gradients_of_every_head_size(K, V, dtype, device):
     assert_gradients_of(Case(f"gradients of {K} and {V}", 130, H=1, HV=2, K=K, V=V), dtype, device)
 
 
+@every_dtype
+@pytest.mark.parametrize("K, cu_seqlens", [(32, None), (64, (0, 0, 5, 200, 200, 390)), (128, None)])
+def test_gradients_of_more_chunks_than_share_a_state(K, cu_seqlens, dtype, device):
+    assert_gradients_of(Case("groups", 390, cu_seqlens=cu_seqlens, H=1, HV=2, K=K, V=K), dtype, device)
+
+
 def test_a_chunk_that_grows_has_gradients(device):
     """Unit keys, legal gates, no decay: A, which bfloat16 keeps in float16, reaches 4e6."""
     k = torch.tensor([[0.8912, 0.4537], [-0.4268, 0.9044]]).bfloat16().repeat(32, 1)[None, :, None]
