@@ -17,9 +17,9 @@ from test_kernels_forward import every_dtype, poisoned_empty, tokens  # noqa: F4
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import traffic
-from gdn2_ops.kernels import chunk_backward, chunk_forward
+from gdn2_ops.kernels import chunk_backward, chunk_forward, tiles
 from gdn2_ops.kernels.kernel import Kernel
-from gdn2_ops.kernels.tiles import HEAD_SIZES
+from gdn2_ops.kernels.warming import warm_up
 
 
 def backward(x, do, dstate, cu_seqlens=None):
@@ -148,9 +148,27 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+@every_dtype
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 130, 135, 200, 200)])
+def test_a_walk_in_segments_has_gradients(cu_seqlens, dtype, monkeypatch, poisoned_empty):  # noqa: F811
+    case = Case("segments", 200, cu_seqlens=cu_seqlens, H=1, HV=2)
+    x, (do, dstate) = inputs(case, dtype), cotangents(case, dtype)
+    monkeypatch.setattr(tiles, "segments", lambda programs, chunks: 2)
+    assert_gradients(backward(x, do, dstate, bounds(case)), case, x, do, dstate)
+
+
+def test_warming_up_launches_all_that_a_backward_pass_may(monkeypatch):
+    launched = set()
+    monkeypatch.setattr(Kernel, "launch", lambda kernel, *arguments, **options: launched.add(kernel.name))
+    for K in (32, 40):
+        warm_up("cpu", torch.float32, K, K, ("backward",))
+    kernels = {kernel.name for kernel in (*chunk_forward.KERNELS, *chunk_backward.KERNELS)}
+    assert launched == kernels
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [5, 15])
-@pytest.mark.parametrize("K, V", list(itertools.product(HEAD_SIZES, HEAD_SIZES)))
+@pytest.mark.parametrize("K, V", list(itertools.product(tiles.HEAD_SIZES, tiles.HEAD_SIZES)))
 def test_memory_at_most(K, V, groups, dtype, monkeypatch):
     """Less than one bfloat16 state of every chunk over the gradients, whatever the dtype: two states of a group, and
     little more where the walk is in segments."""

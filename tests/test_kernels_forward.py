@@ -249,9 +249,9 @@ print(json.dumps([codegen.our_row(b) | {"dtype": b.dtype} for b in builds]))
 def test_no_kernel_spills_and_all_but_float32_use_the_tensor_cores_of_hopper(compiled):
     recur = ["recur"] * 2  # with o and for the backward pass
     assert [row["kernel"] for row in compiled] == ["prepare", "prepare", *recur, "prepare", *recur, "summarise"]
-    old = triton.__version__.startswith("3.6.")
+    of_prepare = {"3.6": {"fp32": 24}, "3.9": {"fp16": 24}}.get(triton.__version__[:3], {})
     for row in compiled:
-        spilled = 24 if old and (row["kernel"], row["dtype"]) == ("prepare", "fp32") else 0
+        spilled = of_prepare.get(row["dtype"], 0) if row["kernel"] == "prepare" else 0
         assert row["stack"] <= spilled and (spilled or row["LDL"] == row["STL"] == 0), row
         assert (row["HGMMA"] > 0) == (row["dtype"] != "fp32") and row["shared"] <= 227 << 10, row
         # barriers, of prepare: 52 in bfloat16, float16 converts more; substitution row by row had 546

@@ -20,13 +20,14 @@ dS does. R waits in the memory of dv, dX in that of dw, until a program of `grad
 dv and dw are products of a dX that has been rounded. In float16 `recur_back` multiplies by two halves of each number of
 Ax, and of dX where it carries dS (decision 0005).
 
-Memory over inputs and gradients, for long sequences and any compiled head sizes, at most: two states of a group, which
-is 2 e K V / (G C) bytes for a token and value head, e bytes a number: 341 in half precision and heads of 128, 410 in
-float32. One bfloat16 state of every chunk would be 512; the gradients are 1,792 and 3,072. A is freed after `recur`,
-the rest of the workspace of `prepare` before dq, dk, dg and db are made, which take more; where they do not
-(`is_prepared_twice`) `prepare` runs twice. A walk in segments (segments.py) may need more than two states of a group,
-less than the state of every chunk. Sizes between the compiled ones pad the workspace: heads of 48 or 80 need less than
-the state of every chunk still, heads of 33 need 83 bytes in bfloat16 and 286 in float32, where it would be 34.
+Memory over inputs and gradients, for sequences of more than 2,304 tokens (whole groups of chunks) and compiled head
+sizes: less than one bfloat16 state of every chunk, which is 2 K V / C bytes for a token and value head. Of a walk that
+is not in segments (segments.py) two states of a group, 2 e K V / (G C), e bytes a number: with heads of 128 341 in half
+precision and 410 in float32, where the state of every chunk is 512 and the gradients are 1,792 and 3,072. A is freed
+after `recur`, the rest of the workspace of `prepare` before dq, dk, dg and db are made, which take more; where they do
+not (`is_prepared_twice`) `prepare` runs twice. Of shorter sequences the last chunk and group weigh more: float32, keys
+of 32 and few heads need 2 % more than the state at 2,304 tokens. Sizes between the compiled ones pad the workspace:
+heads of 33 need 83 bytes in bfloat16 and 286 in float32, where the state is 34.
 """
 
 from __future__ import annotations
@@ -142,20 +143,20 @@ KERNELS = (GRADIENTS, *RECUR_BACK)
 
 def is_prepared_twice(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Whether `prepare` runs twice, for `recur_back` and then for `recur`, and neither workspace waits for the other
-    one's reader: where that takes less memory. Sequences count as if their last chunks were full."""
+    one's reader: where that takes less memory."""
     (B, T, H, key_size), (HV, V), K = q.shape, v.shape[2:], tiles.head_size(q.shape[3])
     N, segments = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, segments_of_walk(v, cu_seqlens)
     chunks, number = slots(B, T, cu_seqlens, C) * H, q.dtype.itemsize
     keys, triangle = number * chunks * C * K, chunks * triangle_size(C)  # E, or Qd, or Kx; numbers of Ax
     ax, a = number * triangle * (2 if q.dtype == torch.float16 else 1), A_DTYPES[DTYPES[q.dtype]].itemsize * triangle
-    values, decay = number * chunks * C * V * HV // H, 4 * chunks * K  # R, or dX
+    values, decay, dstate = number * v.numel(), 4 * chunks * K, 4 * N * HV * key_size * V  # R, or dX
     states = number * kept_groups(q, cu_seqlens) * HV * key_size * V  # S, or dS
     walk = 4 * N * segments * key_size * (H * key_size + HV * V) if segments > 1 else 0
-    gradients = (3 * number + 4) * chunks * C * key_size + 2 * (values + states)
+    gradients = (3 * number + 4) * q.numel() + 2 * (values + states) + dstate
     workspace = 3 * keys + ax + decay
-    once = max(gradients, workspace + a + values + states + walk, workspace + 2 * (values + states))
-    twice = max(workspace + values + states, 2 * keys + a + decay + 2 * (values + states) + walk)
-    return max(gradients, twice) < once
+    once = max(workspace + a + values + states + walk, workspace + 2 * (values + states) + dstate)
+    twice = max(workspace + values + states, 2 * keys + a + decay + 2 * (values + states) + walk) + dstate
+    return max(gradients, twice) < max(gradients, once)
 
 
 def chunk_backward(

@@ -29,10 +29,11 @@ def product(a, b, acc, dtype: tl.constexpr):
     """
     if dtype == tl.float16:
         a_high, a_rest = halves(a, dtype)
-        b_high = b.to(dtype)
         if b.dtype == tl.float32:
             b_high, b_rest = halves(b, dtype)
             acc = tl.dot(a_high, b_rest, acc)
+        else:
+            b_high = b.to(dtype)
         acc = tl.dot(a_rest, b_high, acc)
         return tl.dot(a_high, b_high, acc)
     elif dtype == tl.bfloat16:

@@ -59,7 +59,8 @@ def _backward(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
         for packed in (None, bounds, bounds.int()):
             for before in (None, state):
                 chunk_backward.chunk_backward(v, dstate, q, k, v, g, b, w, before, packed, 1.0)
-                _segments(q, k, v, g, b, w, before, packed)
+                if dstate is None:
+                    _segments(q, k, v, g, b, w, before, packed)
 
 
 def _segments(q, k, v, g, b, w, before: torch.Tensor | None, packed: torch.Tensor | None) -> None:

@@ -137,7 +137,7 @@ def compiled_so_far() -> int:
 
 
 def test_after_a_warm_up_nothing_compiles(device):
-    kernels.warm_up(device, torch.float16, 64, 32, ("chunk", "step", "step_layer"))
+    kernels.warm_up(device, torch.float16, 64, 32, ("chunk", "backward", "step", "step_layer"))
     zeros = partial(torch.zeros, dtype=torch.float16, device=device)
     before = compiled_so_far()
     for B, H, HV in ((1, 1, 1), (2, 3, 6), (16, 16, 16)):
@@ -154,6 +154,10 @@ def test_after_a_warm_up_nothing_compiles(device):
             of_layer = LayerToken(zeros(B, channels), *(zeros(B, n) for n in (H * 64, H * 64, HV * 32, HV * 32)))
             weights = LayerWeights(zeros(channels, 4), zeros(H), zeros(H * 64), zeros(32))
             step_layer(of_layer, weights, zeros(B, channels, 3), x[6], slots=index)
+    for T in (1, 2100):  # the longer one is walked in segments
+        case = Case("warm", T, H=1, HV=1, K=64, V=32)
+        x, (do, dstate) = (on(device, f(case, torch.float16)) for f in (inputs, cotangents))
+        torch.ops.gdn2.chunk_backward(do, dstate, *x, None, 1.0)
     assert compiled_so_far() == before > 0
 
 
