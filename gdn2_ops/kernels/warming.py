@@ -55,12 +55,11 @@ def _chunk(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
 def _backward(token: tuple[torch.Tensor, ...], state: torch.Tensor) -> None:
     q, k, v, g, b, w = (x[:, None] for x in token)
     bounds = torch.tensor((0, 1), device=state.device)
-    for dstate in (None, state):
+    for before in (None, state):
         for packed in (None, bounds, bounds.int()):
-            for before in (None, state):
+            _segments(q, k, v, g, b, w, before, packed)
+            for dstate in (None, state):
                 chunk_backward.chunk_backward(v, dstate, q, k, v, g, b, w, before, packed, 1.0)
-                if dstate is None:
-                    _segments(q, k, v, g, b, w, before, packed)
 
 
 def _segments(q, k, v, g, b, w, before: torch.Tensor | None, packed: torch.Tensor | None) -> None:
