@@ -37,12 +37,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.chunk_forward import bounds, group, kept_groups, kept_states, recur_for_backward, segments_of_walk
 from gdn2_ops.kernels.gradients import GRADIENTS
-from gdn2_ops.kernels.kernel import A_DTYPES, DTYPES, Kernel, is_masked
-from gdn2_ops.kernels.prepare import FOR_RECUR, FOR_RECUR_BACK, C, prepare, slots
+from gdn2_ops.kernels.kernel import Kernel, is_masked
+from gdn2_ops.kernels.prepare import FOR_RECUR, FOR_RECUR_BACK, prepare, sequences, workspace_bytes
 from gdn2_ops.kernels.products import loaded_product, triangle_product, triangle_size
+from gdn2_ops.kernels.segments import starts_bytes
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "key_size", "value_size"])
@@ -144,18 +144,16 @@ KERNELS = (GRADIENTS, *RECUR_BACK)
 def is_prepared_twice(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Whether `prepare` runs twice, for `recur_back` and then for `recur`, and neither workspace waits for the other
     one's reader: where that takes less memory."""
-    (B, T, H, key_size), (HV, V), K = q.shape, v.shape[2:], tiles.head_size(q.shape[3])
-    N, segments = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, segments_of_walk(v, cu_seqlens)
-    chunks, number = slots(B, T, cu_seqlens, C) * H, q.dtype.itemsize
-    keys, triangle = number * chunks * C * K, chunks * triangle_size(C)  # E, or Qd, or Kx; numbers of Ax
-    ax, a = number * triangle * (2 if q.dtype == torch.float16 else 1), A_DTYPES[DTYPES[q.dtype]].itemsize * triangle
-    values, decay, dstate = number * v.numel(), 4 * chunks * K, 4 * N * HV * key_size * V  # R, or dX
-    states = number * kept_groups(q, cu_seqlens) * HV * key_size * V  # S, or dS
-    walk = 4 * N * segments * key_size * (H * key_size + HV * V) if segments > 1 else 0
-    gradients = (3 * number + 4) * q.numel() + 2 * (values + states) + dstate
-    workspace = 3 * keys + ax + decay
-    once = max(workspace + a + values + states + walk, workspace + 2 * (values + states) + dstate)
-    twice = max(workspace + values + states, 2 * keys + a + decay + 2 * (values + states) + walk) + dstate
+    (H, key_size), (HV, V), N = q.shape[2:], v.shape[2:], sequences(q, cu_seqlens)
+    recur, back = FOR_RECUR.value, FOR_RECUR_BACK.value
+    of_both, of_recur, of_back = (workspace_bytes(q, cu_seqlens, readers) for readers in (recur + back, recur, back))
+    values, dstate = v.nbytes, 4 * N * HV * key_size * V  # R, or dX
+    states = v.dtype.itemsize * kept_groups(v, cu_seqlens) * HV * key_size * V  # S, or dS
+    segments = segments_of_walk(v, cu_seqlens)
+    walk = starts_bytes(N, segments, H, HV, key_size, V) if segments > 1 else 0
+    gradients = 3 * q.nbytes + 4 * q.numel() + 2 * (values + states) + dstate
+    once = max(of_both + values + states + walk, of_back + 2 * (values + states) + dstate)
+    twice = max(of_back + values + states, of_recur + 2 * (values + states) + walk) + dstate
     return max(gradients, twice) < max(gradients, once)
 
 
@@ -173,8 +171,7 @@ def chunk_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`torch.ops.gdn2.chunk_backward` on a GPU. The values of cu_seqlens stay on the device and are not read here."""
-    (B, T, H, key_size), (HV, value_size) = q.shape, v.shape[2:]
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    (_, T, H, key_size), (HV, value_size), N = q.shape, v.shape[2:], sequences(q, cu_seqlens)
     do, q, k, v, g, b, w = (x.contiguous() for x in (do, q, k, v, g, b, w))
     dfinal_state, cu_seqlens = (None if x is None else x.contiguous() for x in (dfinal_state, cu_seqlens))
     twice = is_prepared_twice(q, v, cu_seqlens)

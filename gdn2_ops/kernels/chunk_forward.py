@@ -37,7 +37,7 @@ from torch import Tensor
 
 from gdn2_ops.kernels import tiles
 from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, bounds, carried, minus_taken, prepare, slots
+from gdn2_ops.kernels.prepare import PREPARE, C, Workspace, bounds, carried, minus_taken, prepare, sequences, slots
 from gdn2_ops.kernels.products import applied, loaded_product, triangle_product, triangle_size
 from gdn2_ops.kernels.segments import CHAIN, SUMMARISE, starts
 
@@ -173,7 +173,7 @@ def recur(
     prepared: Workspace, v: Tensor, w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, key_size: int
 ) -> tuple[Tensor, Tensor]:
     """Launches `recur`, in segments where that is faster, for o [B, T, HV, V] and the final state [N, HV, K, V]."""
-    N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = sequences(v, cu_seqlens)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final_state = prepared.decay.new_empty(N, v.shape[2], key_size, v.shape[3])
     _launch_recur(prepared, v, w, state, cu_seqlens, (o, final_state, None, None), key_size)
@@ -182,13 +182,13 @@ def recur(
 
 def segments_of_walk(v: Tensor, cu_seqlens: Tensor | None) -> int:
     """Into how many segments `recur` walks each sequence, 1 where not in segments."""
-    N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return tiles.segments(N * v.shape[2] * triton.cdiv(v.shape[3], 64), triton.cdiv(v.shape[1], C))
+    programs = sequences(v, cu_seqlens) * v.shape[2] * triton.cdiv(v.shape[3], 64)
+    return tiles.segments(programs, triton.cdiv(v.shape[1], C))
 
 
 def kept_groups(x: Tensor, cu_seqlens: Tensor | None) -> int:
     """How many groups of chunks have a place, of x [B, T, ...] in q's dtype."""
-    return slots(x.shape[0], x.shape[1], cu_seqlens, group(8 * x.dtype.itemsize) * C)
+    return slots(x, cu_seqlens, group(8 * x.dtype.itemsize) * C)
 
 
 def kept_states(v: Tensor, cu_seqlens: Tensor | None, key_size: int) -> Tensor:
@@ -214,8 +214,8 @@ def _launch_recur(
     outputs: tuple,
     key_size: int,
 ) -> None:
-    (B, T, HV, V), H = v.shape, prepared.e.shape[1]
-    N, segments = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, segments_of_walk(v, cu_seqlens)
+    (_, T, HV, V), H = v.shape, prepared.e.shape[1]
+    N, segments = sequences(v, cu_seqlens), segments_of_walk(v, cu_seqlens)
     v, w, state = v.contiguous(), w.contiguous(), None if state is None else state.contiguous()
     length = triton.cdiv(triton.cdiv(T, C), segments)
     if segments > 1:

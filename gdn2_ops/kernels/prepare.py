@@ -15,6 +15,7 @@ Kt waits for A in registers, in float32, which has none to spare, where Kx will 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -338,9 +339,40 @@ PREPARE = Kernel(
 )
 
 
-def slots(B: int, T: int, cu_seqlens: Tensor | None, size: int) -> int:
-    """How many chunks of `size` tokens have a place, those of packed sequences that are never touched included."""
-    return B * triton.cdiv(T, size) if cu_seqlens is None else T // size + cu_seqlens.shape[0] - 1
+def sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """N of x [B, T, ...]."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def slots(x: Tensor, cu_seqlens: Tensor | None, size: int) -> int:
+    """How many chunks of `size` tokens of x [B, T, ...] have a place, those of packed sequences that are never touched
+    included."""
+    B, T = x.shape[:2]
+    return B * triton.cdiv(T, size) if cu_seqlens is None else T // size + sequences(x, cu_seqlens)
+
+
+def workspace_layout(
+    q: Tensor, cu_seqlens: Tensor | None, backward: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of a Workspace. backward as in `prepare`."""
+    chunks, H, K = slots(q, cu_seqlens, C), q.shape[2], tiles.head_size(q.shape[3])
+    if_read = 0 if backward == FOR_RECUR.value else chunks
+    if_rest = chunks if backward & FOR_RECUR_BACK.value and q.dtype == torch.float16 else 0
+    if_a = chunks if backward & FOR_RECUR.value else 0
+    return {
+        "e": ((chunks, H, C, K), q.dtype),
+        "qd": ((if_read, H, C, K), q.dtype),
+        "kx": ((chunks, H, C, K), q.dtype),
+        "ax": ((if_read, H, triangle_size(C)), q.dtype),
+        "ax_rest": ((if_rest, H, triangle_size(C)), q.dtype),
+        "a": ((if_a, H, triangle_size(C)), A_DTYPES[DTYPES[q.dtype]]),
+        "decay": ((chunks, H, K), torch.float32),
+    }
+
+
+def workspace_bytes(q: Tensor, cu_seqlens: Tensor | None, backward: int) -> int:
+    layout = workspace_layout(q, cu_seqlens, backward).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout)
 
 
 def prepare(
@@ -351,24 +383,13 @@ def prepare(
     backward: 0, or FOR_RECUR, which reads A, and alone neither Qd nor Ax; or FOR_RECUR_BACK, which reads ax_rest of
         float16; or both.
     """
-    (B, T, H, key_size), K = q.shape, tiles.head_size(q.shape[3])
-    chunks = slots(B, T, cu_seqlens, C)
-    if_read = 0 if backward == FOR_RECUR.value else chunks
-    if_rest = chunks if backward & FOR_RECUR_BACK.value and q.dtype == torch.float16 else 0
-    if_a = chunks if backward & FOR_RECUR.value else 0
-    out = Workspace(
-        e=q.new_empty(chunks, H, C, K),
-        qd=q.new_empty(if_read, H, C, K),
-        kx=q.new_empty(chunks, H, C, K),
-        ax=q.new_empty(if_read, H, triangle_size(C)),
-        ax_rest=q.new_empty(if_rest, H, triangle_size(C)),
-        a=q.new_empty(if_a, H, triangle_size(C), dtype=A_DTYPES[DTYPES[q.dtype]]),
-        decay=g.new_empty(chunks, H, K),
-    )
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _, T, H, key_size = q.shape
+    layout = workspace_layout(q, cu_seqlens, backward)
+    out = Workspace(**{name: q.new_empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()})
+    N = sequences(q, cu_seqlens)
     inputs = (q.contiguous(), k.contiguous(), g.contiguous(), b.contiguous(), cu_seqlens)
     PREPARE.launch(
-        (chunks * H,),
+        (out.e.shape[0] * H,),
         q.device,
         q.dtype,
         key_size,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2_ops.kernels.kernel import Kernel, is_masked
-from gdn2_ops.kernels.prepare import Workspace, bounds, carried, minus_taken
+from gdn2_ops.kernels.prepare import Workspace, bounds, carried, minus_taken, sequences
 
 
 @triton.jit(do_not_specialize=["T", "H", "HV", "segments", "length", "key_size", "value_size"])
@@ -164,6 +164,11 @@ CHAIN = Kernel(
 )
 
 
+def starts_bytes(N: int, segments: int, H: int, HV: int, key_size: int, V: int) -> int:
+    """Of m and f: what `starts` allocates."""
+    return 4 * N * segments * key_size * (H * key_size + HV * V)
+
+
 def starts(
     prepared: Workspace,
     v: Tensor,
@@ -175,8 +180,8 @@ def starts(
     key_size: int,
 ) -> Tensor:
     """The state before each segment of `length` chunks: [N, segments, HV, key_size, V]. v, w, state are contiguous."""
-    (B, T, HV, V), H = v.shape, prepared.e.shape[1]
-    N, new = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, prepared.decay.new_empty
+    (_, T, HV, V), H = v.shape, prepared.e.shape[1]
+    N, new = sequences(v, cu_seqlens), prepared.decay.new_empty
     m, f = new(N, segments, H, key_size, key_size), new(N, segments, HV, key_size, V)
     sizes, packed, masked = (
         (T, H, HV, segments, length, key_size, V),
