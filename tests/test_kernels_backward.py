@@ -13,7 +13,14 @@ import torch
 import triton
 from cases import CASES, DTYPES, NAMES, Case, Inputs, bounds, cotangents, inputs
 from chunk_laws import assert_gradients
-from test_kernels_forward import every_dtype, poisoned_empty, tokens  # noqa: F401, a fixture
+from test_kernels_forward import (  # noqa: F401, a fixture
+    SPILLS,
+    TRITON,
+    every_dtype,
+    known_spills,
+    poisoned_empty,
+    tokens,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import traffic
@@ -221,23 +228,11 @@ print(json.dumps([codegen.our_row(build) for build in builds]))
     return json.loads(done.stdout)
 
 
-# Bytes that `gradients` spills at most, by version of Triton, dtype and whether heads are between the compiled sizes,
-# whose numbers have addresses and predicates of their own. Of other versions nothing is known.
-SPILLS = {
-    "3.6": {("bf16", 1): 64, ("fp16", 0): 16, ("fp16", 1): 200, ("fp32", 1): 16},
-    "3.7": {("bf16", 1): 80, ("fp16", 1): 120, ("fp32", 1): 24},
-    "3.9": {("bf16", 0): 8, ("bf16", 1): 48, ("fp16", 1): 32, ("fp32", 0): 56, ("fp32", 1): 72},
-}
-
-
 def test_no_kernel_spills(rows):
     # of each dtype, packed or not: gradients and recur_back with masks and without
     assert len(rows) == 3 * 2 * (2 + 1 + 1)
-    version = ".".join(triton.__version__.split(".")[:2])
-    if version not in SPILLS:
+    if TRITON not in SPILLS:
         pytest.skip(f"what spills is known for Triton {', '.join(SPILLS)}, this is {triton.__version__}")
-    known = SPILLS[version]
     for row in rows:
-        of_gradients = known.get((row["dtype"], row["options"]["MASKED"]), 0)
-        assert row["stack"] <= (of_gradients if row["kernel"] == "gradients" else 0), row
+        assert row["stack"] <= known_spills(row), row
         assert (row["HGMMA"] > 0) == (row["dtype"] != "fp32"), row

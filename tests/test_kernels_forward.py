@@ -226,6 +226,26 @@ def test_a_of_bfloat16_has_float16_s_digits_at_any_size(largest):
     assert y.isfinite().all() and ((y - x).abs() <= x.abs() * 2**-11 + least).all()
 
 
+# Bytes that are spilled at most, by version of Triton: kernel, dtype and whether heads are between the compiled sizes,
+# whose numbers have addresses and predicates of their own. Of other versions nothing is known.
+SPILLS = {
+    "3.6": {
+        **{("gradients", "bf16", 1): 64, ("gradients", "fp16", 0): 16, ("gradients", "fp16", 1): 200},
+        **{("gradients", "fp32", 1): 16, ("prepare", "fp32", 0): 24},
+    },
+    "3.7": {("gradients", "bf16", 1): 80, ("gradients", "fp16", 1): 120, ("gradients", "fp32", 1): 24},
+    "3.9": {
+        **{("gradients", "bf16", 0): 8, ("gradients", "bf16", 1): 48, ("gradients", "fp16", 1): 32},
+        **{("gradients", "fp32", 0): 56, ("gradients", "fp32", 1): 72, ("prepare", "fp16", 0): 24},
+    },
+}
+TRITON = ".".join(triton.__version__.split(".")[:2])
+
+
+def known_spills(row) -> int:
+    return SPILLS.get(TRITON, {}).get((row["kernel"], row["dtype"], row["options"].get("MASKED", 0)), 0)
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """(kernel, dtype) -> what the compiler made for sm_90 with heads of 128, in a process that does not interpret."""
@@ -249,9 +269,8 @@ print(json.dumps([codegen.our_row(b) | {"dtype": b.dtype} for b in builds]))
 def test_no_kernel_spills_and_all_but_float32_use_the_tensor_cores_of_hopper(compiled):
     recur = ["recur"] * 2  # with o and for the backward pass
     assert [row["kernel"] for row in compiled] == ["prepare", "prepare", *recur, "prepare", *recur, "summarise"]
-    of_prepare = {"3.6": {"fp32": 24}, "3.9": {"fp16": 24}}.get(triton.__version__[:3], {})
     for row in compiled:
-        spilled = of_prepare.get(row["dtype"], 0) if row["kernel"] == "prepare" else 0
+        spilled = known_spills(row)
         assert row["stack"] <= spilled and (spilled or row["LDL"] == row["STL"] == 0), row
         assert (row["HGMMA"] > 0) == (row["dtype"] != "fp32") and row["shared"] <= 227 << 10, row
         # barriers, of prepare: 52 in bfloat16, float16 converts more; substitution row by row had 546
