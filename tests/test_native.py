@@ -99,6 +99,26 @@ def test_the_number_of_threads_changes_nothing(isa):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("V", [128, 64, 200])
+def test_the_order_in_which_a_thread_walks_its_heads_changes_nothing(isa, V):
+    """Bit for bit: a state in the caches is walked up and down in turn."""
+    case = Case("up and down", 1, B=3, H=2, HV=4, K=24, V=V)
+    *rows, state = inputs(case, torch.float32)
+    rows, mine, results = [x[:, 0] for x in rows], state.clone(), []
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for _ in range(3):
+            mine.copy_(state)
+            results.append((gdn2_ops.step_inplace(*rows, mine), mine.clone()))
+        for n in range(case.B):  # alone: two heads for each key
+            alone = gdn2_ops.step(*(x[n : n + 1] for x in rows), state[n : n + 1])
+            for o, after in results:
+                assert torch.equal(o[n], alone.o[0]) and torch.equal(after[n], alone.state[0])
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_state_may_be_its_own_successor(isa):
     """step and step_inplace are the same bits; a pool is touched in the named rows only."""
     *rows, state = inputs(Case("in place", 1, B=3, H=2, HV=4, K=40, V=24), torch.float32)

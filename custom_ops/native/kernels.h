@@ -13,11 +13,17 @@ constexpr int64_t CHUNK = 16;    // tokens of a chunk of the backward pass
 constexpr int64_t COLUMNS = 16;  // splits of V are multiples of it, whatever the vector width
 constexpr int64_t PART = 64;     // value columns that one lane of the backward pass owns
 
+// Value heads [begin, end) of N HV, `down`: from the last to the first, and of each the columns [v_begin, v_end), v_begin a
+// multiple of COLUMNS.
+struct Part {
+  int64_t begin, end, v_begin, v_end;
+  bool down;
+};
+
 struct KernelTable {
   // What returns false had no memory, and its outputs are unfinished.
-  // Columns [v_begin, v_end), v_begin a multiple of COLUMNS: of value heads [begin, end) of N HV; of value head hv of
-  // sequence n.
-  void (*step)(const Step&, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end);
+  void (*step)(const Step&, const Part&);
+  // Columns [v_begin, v_end), v_begin a multiple of COLUMNS, of value head hv of sequence n.
   bool (*chunk)(const Chunk&, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end);
 
   // A lane is (value head of the group, part of V). `partials` null: do all of key head h. Else: write the lane's share of
@@ -33,6 +39,7 @@ namespace avx2 { extern const KernelTable table; }
 namespace avx512 { extern const KernelTable table; }
 
 const KernelTable& kernels();
+bool is_amd();  // the processor
 
 struct Span {
   int64_t batch, token, length;  // batch index and first token in the views; length of the sequence

@@ -31,6 +31,7 @@ constexpr int LANES = 16;
 constexpr int CHUNK_VECS = 2;    // 8 sums and 4 values for each, of 32 registers
 constexpr int STEP_VECS = 4;     // 2 sums for each
 constexpr int64_t STEP_FAR = 3 << 19;  // bytes of states that one thread walks: beyond, rows of 128 columns are faster
+constexpr int64_t STEP_FAR_AMD = 0;    // ... and on AMD's processors
 constexpr int PRODUCT_ROWS = 8;  // rows x 2 vectors of sums in a matrix product
 
 struct Vec { __m512 x; };
@@ -135,7 +136,7 @@ GDN2_INLINE void transpose_block(const float* in, int64_t ld_in, float* out, int
 constexpr int LANES = 8;
 constexpr int CHUNK_VECS = 1;
 constexpr int STEP_VECS = 4;
-constexpr int64_t STEP_FAR = 6 << 20;
+constexpr int64_t STEP_FAR = 6 << 20, STEP_FAR_AMD = STEP_FAR;
 constexpr int PRODUCT_ROWS = 4;
 
 struct Vec { __m256 x; };
@@ -210,7 +211,7 @@ GDN2_INLINE void transpose_block(const float* in, int64_t ld_in, float* out, int
 constexpr int LANES = 4;
 constexpr int CHUNK_VECS = 1;
 constexpr int STEP_VECS = 4;
-constexpr int64_t STEP_FAR = 6 << 20;
+constexpr int64_t STEP_FAR = 6 << 20, STEP_FAR_AMD = STEP_FAR;
 constexpr int PRODUCT_ROWS = 4;
 
 typedef float Four __attribute__((vector_size(16)));

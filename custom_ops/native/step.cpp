@@ -3,9 +3,10 @@
 //   r = S^T (a*b*k)     p = S^T (a*q)     u = z - r     o = scale * (p + (q.k) u)     S = a*S + k u^T
 //
 // A state is walked in tiles of V, each twice: for r and p, and for the update. The update of one tile and the sums of the
-// next go row by row together, so that arithmetic and memory are busy at the same time, and the update walks back: the rows
-// that were read last are still in the first-level cache. A tile is STEP_VECS vectors wide, whose sums fit the registers;
-// where states come from far it has 128 columns, a row of most models, because memory is fastest in its own order.
+// next go row by row together, so that arithmetic and memory are busy at the same time. The update walks back, rows and
+// columns: what was read last is still in the first-level cache, and a processor foresees addresses that only fall as well
+// as those that only rise, but no mixture. A tile is STEP_VECS vectors wide, whose sums fit the registers; where states come
+// from far, and on some processors always, it has 128 columns, a row of most models in one piece (decisions 0014, 0015).
 #include "simd.h"
 
 namespace gdn2 {
@@ -13,7 +14,7 @@ namespace GDN2_ISA {
 namespace {
 
 constexpr int64_t ROWS_AHEAD = 8;      // of the tile that is summed: far enough to come from memory in time
-constexpr int FAR_VECS = 128 / LANES;  // of a tile where states are more than STEP_FAR
+constexpr int FAR_VECS = 128 / LANES;  // of a tile where states are more than STEP_FAR or STEP_FAR_AMD
 
 struct Token {
   alignas(64) float a[MAX_HEAD];
@@ -23,12 +24,13 @@ struct Token {
   float read_k;                       // scale*(q.k)
 };
 
-// Columns of one state, V its row stride. With each row that is summed comes the one of `fetched` into the caches.
+// Columns of one state, V its row stride. With each row that is summed comes one into the caches: those from `fetched` on, with
+// the last ROWS_AHEAD (of as many or more) those from `follows` on.
 struct Tile {
   const Token* token;
   const float* in;
   float* out;
-  const float* fetched;
+  const float *fetched, *follows;
   int64_t K, V;
 };
 
@@ -58,7 +60,7 @@ void load_token(Token& token, const Step& args, int64_t n, int64_t h) {
   token.read_k = sum(read_k);
 }
 
-// The tile `done`, whose u is known, gets its new state from the last row to the first; of `next` come r and p. PARTIAL:
+// The tile `done`, whose u is known, gets its new state from the last number to the first; of `next` come r and p. PARTIAL:
 // the last of the NV vectors has only `last` columns.
 template <int NV, bool UPDATE, bool REDUCE, bool PARTIAL = false>
 GDN2_INLINE void walk(const Tile& done, const Vecs<NV>& u_done, const Tile& next, Vecs<NV>& r_next, Vecs<NV>& p_next,
@@ -78,20 +80,25 @@ GDN2_INLINE void walk(const Tile& done, const Vecs<NV>& u_done, const Tile& next
     r[c] = p[c] = set(0.0f);
     if (UPDATE) u[c] = u_done.x[c];
   }
-  for (int64_t d = 0; d < K; ++d) {
+  const float* fetched = next.fetched;
+  for (int64_t d = 0; d < K; ++d, fetched += V) {
     const int64_t back = K - 1 - d;
+    if (REDUCE && d == K - ROWS_AHEAD) fetched = next.follows;
     Vec a, k, erase, read;
     if (UPDATE) a = set(done.token->a[back]), k = set(done.token->k[back]);
     if (REDUCE) erase = set(next.token->erase[d]), read = set(next.token->read[d]);
 #pragma GCC unroll 16
     for (int c = 0; c < NV; ++c) {
       if (REDUCE) {
-        if (c * LANES * 4 % CACHE_LINE == 0) __builtin_prefetch(next.fetched + d * V + c * LANES, 1, 3);
+        if (c * LANES * 4 % CACHE_LINE == 0) __builtin_prefetch(fetched + c * LANES, 1, 3);
         const Vec s = once(get(next.in + d * V, c));
         r[c] = fma(erase, s, r[c]);
         p[c] = fma(read, s, p[c]);
       }
-      if (UPDATE) put(done.out + back * V, c, fma(k, u[c], a * get(done.in + back * V, c)));
+      if (UPDATE) {
+        const int e = NV - 1 - c;
+        put(done.out + back * V, e, fma(k, u[e], a * get(done.in + back * V, e)));
+      }
     }
   }
 #pragma GCC unroll 16
@@ -121,8 +128,8 @@ class Cursor {
   alignas(64) float z[MAX_HEAD];
   alignas(64) float o[MAX_HEAD];
 
-  // Goes to value head i of N HV: its z, and its token, which serves a group.
-  void begin(int64_t i) {
+  // Goes to value head i of N HV: its z, and its token, which serves a group. `following` is the head to come.
+  void begin(int64_t i, int64_t following) {
     const Heads& heads = args_.heads;
     const int64_t n = i / heads.HV, hv = i % heads.HV, key = n * heads.H + hv / (heads.HV / heads.H);
     if (key != key_) {
@@ -135,18 +142,20 @@ class Cursor {
     for (int64_t c = v_begin_; c < v_end_; c += LANES) {
       store(z + c, load(v + c, v_end_ - c) * load(w + c, v_end_ - c), v_end_ - c);
     }
-    const int64_t slot = args_.slots == nullptr  ? n
-                         : args_.slot_bytes == 4 ? static_cast<const int32_t*>(args_.slots)[n]
-                                                 : static_cast<const int64_t*>(args_.slots)[n];
-    at_state_ = (slot * heads.HV + hv) * heads.K * heads.V;
+    at_state_ = state(i);
+    at_following_ = state(following);
     out_ = static_cast<T*>(args_.o) + i * heads.V;
   }
 
-  Tile tile(int64_t c) const {
+  // Columns [c, c + width) of the head.
+  Tile tile(int64_t c, int64_t width) const {
     const int64_t K = args_.heads.K, V = args_.heads.V;
     const float* const in = args_.state_in + at_state_ + c;
     float* const out = args_.state_out + at_state_ + c;
-    return {&tokens_[at_], in, out, in == out ? in + ROWS_AHEAD * V : out, K, V};
+    if (in != out) return {&tokens_[at_], in, out, out, out + (K - ROWS_AHEAD) * V, K, V};  // each row of `out`
+    const bool last = c + width >= v_end_;
+    const float* const follows = last ? args_.state_in + at_following_ + v_begin_ : in + width;
+    return {&tokens_[at_], in, out, in + ROWS_AHEAD * V, follows, K, V};
   }
 
   float read_k() const { return tokens_[at_].read_k; }
@@ -157,23 +166,37 @@ class Cursor {
   }
 
  private:
+  // Where the state of value head i begins.
+  int64_t state(int64_t i) const {
+    const Heads& heads = args_.heads;
+    const int64_t n = i / heads.HV, hv = i % heads.HV;
+    const int64_t slot = args_.slots == nullptr  ? n
+                         : args_.slot_bytes == 4 ? static_cast<const int32_t*>(args_.slots)[n]
+                                                 : static_cast<const int64_t*>(args_.slots)[n];
+    return (slot * heads.HV + hv) * heads.K * heads.V;
+  }
+
   const Step& args_;
   const int64_t v_begin_, v_end_;
   Token tokens_[2];  // of this head, and of the one whose last tile is not updated yet
-  int64_t key_ = -1, at_ = 0, at_state_ = 0;
+  int64_t key_ = -1, at_ = 0, at_state_ = 0, at_following_ = 0;
   T* out_ = nullptr;
 };
 
+// The value head that is walked at place j of [begin, end).
+GDN2_INLINE int64_t head_at(const Part& part, int64_t j) { return part.down ? part.begin + part.end - 1 - j : j; }
+
 // All tiles have NV whole vectors.
 template <class T, int NV>
-void step_equal_tiles(const Step& args, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end) {
+void step_equal_tiles(const Step& args, const Part& part) {
+  const int64_t v_begin = part.v_begin, v_end = part.v_end, width = NV * LANES;
   Cursor<T> head(args, v_begin, v_end);
   Vecs<NV> u, r, p;
   Tile done = {};
-  for (int64_t i = begin; i < end; ++i) {
-    head.begin(i);
-    for (int64_t c = v_begin; c < v_end; c += NV * LANES) {
-      const Tile next = head.tile(c);
+  for (int64_t j = part.begin; j < part.end; ++j) {
+    head.begin(head_at(part, j), head_at(part, smaller(j + 1, part.end - 1)));
+    for (int64_t c = v_begin; c < v_end; c += width) {
+      const Tile next = head.tile(c, width);
       if (done.out == nullptr) walk<NV, false, true>(done, u, next, r, p);
       else walk<NV, true, true>(done, u, next, r, p);
       u = solve<NV>(head.read_k(), head.z + c, r, p, head.o + c);
@@ -203,36 +226,37 @@ void step_tile_of(int64_t vecs, const Tile& tile, float read_k, const float* z, 
 
 // Tiles of different widths, one after the other.
 template <class T>
-void step_any_tiles(const Step& args, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end) {
-  Cursor<T> head(args, v_begin, v_end);
-  for (int64_t i = begin; i < end; ++i) {
-    head.begin(i);
-    for (int64_t c = v_begin; c < v_end; c += STEP_VECS * LANES) {
-      const int64_t width = smaller(v_end - c, STEP_VECS * LANES), vecs = ceil_div(width, LANES);
-      step_tile_of<STEP_VECS>(vecs, head.tile(c), head.read_k(), head.z + c, head.o + c, width - (vecs - 1) * LANES);
+void step_any_tiles(const Step& args, const Part& part) {
+  Cursor<T> head(args, part.v_begin, part.v_end);
+  for (int64_t j = part.begin; j < part.end; ++j) {
+    head.begin(head_at(part, j), head_at(part, smaller(j + 1, part.end - 1)));
+    for (int64_t c = part.v_begin; c < part.v_end; c += STEP_VECS * LANES) {
+      const int64_t width = smaller(part.v_end - c, STEP_VECS * LANES), vecs = ceil_div(width, LANES);
+      const Tile tile = head.tile(c, width);
+      step_tile_of<STEP_VECS>(vecs, tile, head.read_k(), head.z + c, head.o + c, width - (vecs - 1) * LANES);
     }
     head.end();
   }
 }
 
 template <class T>
-void step_columns(const Step& args, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end) {
-  const int64_t columns = v_end - v_begin;
-  const bool far = (end - begin) * args.heads.K * columns * 4 > STEP_FAR;
+void step_part(const Step& args, const Part& part) {
+  const int64_t columns = part.v_end - part.v_begin, bytes = (part.end - part.begin) * args.heads.K * columns * 4;
+  const bool far = bytes > (is_amd() ? STEP_FAR_AMD : STEP_FAR);
   const auto whole = [columns](int vecs) { return columns % (vecs * LANES) == 0; };
-  if (far && whole(FAR_VECS)) return step_equal_tiles<T, FAR_VECS>(args, begin, end, v_begin, v_end);
-  if (whole(STEP_VECS)) return step_equal_tiles<T, STEP_VECS>(args, begin, end, v_begin, v_end);
-  if (whole(STEP_VECS / 2)) return step_equal_tiles<T, STEP_VECS / 2>(args, begin, end, v_begin, v_end);
-  step_any_tiles<T>(args, begin, end, v_begin, v_end);
+  if (far && whole(FAR_VECS)) return step_equal_tiles<T, FAR_VECS>(args, part);
+  if (whole(STEP_VECS)) return step_equal_tiles<T, STEP_VECS>(args, part);
+  if (whole(STEP_VECS / 2)) return step_equal_tiles<T, STEP_VECS / 2>(args, part);
+  step_any_tiles<T>(args, part);
 }
 
 }  // namespace
 
-void step(const Step& args, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end) {
+void step(const Step& args, const Part& part) {
   switch (args.type) {
-    case Type::f32: return step_columns<float>(args, begin, end, v_begin, v_end);
-    case Type::bf16: return step_columns<BFloat16>(args, begin, end, v_begin, v_end);
-    case Type::f16: return step_columns<Float16>(args, begin, end, v_begin, v_end);
+    case Type::f32: return step_part<float>(args, part);
+    case Type::bf16: return step_part<BFloat16>(args, part);
+    case Type::f16: return step_part<Float16>(args, part);
   }
 }
 

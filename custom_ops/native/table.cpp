@@ -4,7 +4,7 @@
 namespace gdn2 {
 namespace GDN2_ISA {
 
-void step(const Step&, int64_t begin, int64_t end, int64_t v_begin, int64_t v_end);
+void step(const Step&, const Part&);
 bool chunk(const Chunk&, int64_t n, int64_t hv, int64_t v_begin, int64_t v_end);
 bool backward_lanes(const ChunkBackward&, int64_t n, int64_t h, int64_t lane_begin, int64_t lane_end, float* partials);
 bool backward_keys(const ChunkBackward&, int64_t n, int64_t h, int64_t i_chunk, const float* partials);
