@@ -120,9 +120,16 @@ def check_chunk_backward_call(do, dfinal_state, q, k, v, g, b, w, state, cu_seql
 
 
 def check_step_inplace_call(q, k, v, g, b, w, state, slots) -> None:
-    """As `check_step_inplace`, and slots are distinct rows of the pool. Reads values, so fakes do not call it."""
+    """As `check_step_inplace`, slots are distinct rows of the pool, and the state is apart from the inputs. Reads
+    values and addresses, so fakes do not call it."""
     check_step_inplace(q, k, v, g, b, w, state, slots)
     check_slots_values(slots, state.shape[0])
+    for name, x in zip("qkvgbw", (q, k, v, g, b, w)):
+        if _overlap(x, state):
+            raise ValueError(
+                f"gdn2::step_inplace: expected state apart in memory from the other arguments, got {name} across it; "
+                f"use {name}.clone()"
+            )
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor | None, T: int, op: str = "gdn2::chunk") -> None:
@@ -225,7 +232,22 @@ def _expect_index(op: str, name: str, x: Tensor, q: Tensor) -> None:
 
 
 def _has_values(x: Tensor) -> bool:
-    return type(x) is Tensor and x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether the memory from the first to the last number of one meets that of the other."""
+    if not (_has_values(x) and _has_values(y)) or x.numel() == 0 or y.numel() == 0:
+        return False
+    (x_begin, x_end), (y_begin, y_end) = (
+        (t.data_ptr(), t.data_ptr() + t.element_size() * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))))
+        for t in (x, y)
+    )
+    return x_begin < y_end and y_begin < x_end
 
 
 def _shape(x: Tensor) -> tuple:

@@ -101,7 +101,7 @@ def step_inplace(
 
     Args:
         q, k, b: [B, H, K];  v, w: [B, HV, V]: one dtype of float32, bfloat16 or float16.  g: [B, H, K] float32.
-        state: [P, HV, K, V] float32, contiguous, overwritten, its memory no other argument's. Without slots P = B.
+        state: [P, HV, K, V] float32, contiguous, overwritten, apart in memory from the inputs. Without slots P = B.
         slots: [B] int32 or int64, distinct, in [0, P). Row n of the batch updates state[slots[n]]. None is row n.
         scale: of the output. None is K ** -0.5.
 

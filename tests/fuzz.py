@@ -2,8 +2,9 @@
 
 python tests/fuzz.py --calls 1000000        (make fuzz)
 
-A call is right or has one thing wrong with it: a size, a rank, a dtype, a device, strides, bounds or slots. The sizes
-are small, so that most calls are argument handling; the numbers are the other tests' business.
+A call is right or has one thing wrong with it: a size, a rank, a dtype, a device, strides, bounds, slots, or an input
+in the memory of the state. The sizes are small, so that most calls are argument handling; the numbers are the other
+tests' business.
 """
 
 from __future__ import annotations
@@ -83,6 +84,16 @@ def another(dice: random.Random, x: Tensor) -> Tensor:
     return x.clone()
 
 
+def within(dice: random.Random, state: Tensor, x: Tensor) -> Tensor:
+    """A tensor like x in the memory of the state, where that is large enough."""
+    memory = state.view(-1).view(x.dtype)
+    room = memory.numel() - x.numel()
+    if room < 0:
+        return x
+    begin = dice.randint(0, room)
+    return memory[begin : begin + x.numel()].view(x.shape)
+
+
 def call(dice: random.Random) -> str:
     """One call. Returns its operator and how it ended; raises AssertionError where operator and contract differ."""
     name = dice.choice(tuple(CHECKS))
@@ -90,6 +101,9 @@ def call(dice: random.Random) -> str:
     if dice.random() < 0.5:
         at = dice.choice([i for i, x in enumerate(given) if x is not None])
         given[at] = another(dice, given[at])
+    elif name == "step_inplace" and dice.random() < 0.1:
+        at = dice.randrange(6)
+        given[at] = within(dice, given[6], given[at])
     try:
         CHECKS[name](*given)
         wrong = None

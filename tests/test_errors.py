@@ -144,6 +144,15 @@ def slots(rows, **changes) -> dict:
     return token(state=torch.zeros(3, HV, K, V), slots=torch.tensor(rows), **changes)
 
 
+def in_one_buffer(distance: int, kind: type = torch.Tensor) -> dict:
+    """v begins `distance` numbers after the end of the state."""
+    size = B * HV * K * V
+    buffer = torch.zeros(size + B * HV * V)
+    state = buffer[:size].view(B, HV, K, V)
+    state = state if kind is torch.Tensor else kind(state, requires_grad=False)
+    return token(state=state, v=buffer[size + distance :][: B * HV * V].view(B, HV, V))
+
+
 INPLACE = {
     "state with gaps": (
         token(state=torch.zeros(B, HV, V, K).mT),
@@ -164,6 +173,12 @@ INPLACE = {
     "a slot twice": (slots([1, 1]), ValueError, "expected distinct slots in [0, 3), got [1, 1]"),
     "a slot past the pool": (slots([0, 3]), ValueError, "expected distinct slots in [0, 3), got [0, 3]"),
     "a negative slot": (slots([0, -1]), ValueError, "expected distinct slots in [0, 3), got [0, -1]"),
+    "v in the state": (
+        in_one_buffer(-1),
+        ValueError,
+        "expected state apart in memory from the other arguments, got v across it; use v.clone()",
+    ),
+    "v in a parameter": (in_one_buffer(-1, torch.nn.Parameter), ValueError, "got v across it; use v.clone()"),
 }
 FUNCTIONS = {"chunk": (SEQUENCE,), "step": (TOKEN,), "step_inplace": (TOKEN, INPLACE)}
 EVERY = [(function, what, *t[what]) for function, tables in FUNCTIONS.items() for t in tables for what in t]
@@ -181,6 +196,7 @@ def test_the_right_arguments_are_taken():
     assert gdn2_ops.chunk(**row()).state.shape == (2, HV, K, V)
     assert gdn2_ops.step(**token()).o.shape == (B, HV, V)
     assert gdn2_ops.step_inplace(**slots([2, 0])).shape == (B, HV, V)
+    assert gdn2_ops.step_inplace(**in_one_buffer(0)).shape == (B, HV, V)
 
 
 @pytest.mark.parametrize("function, what, arguments, error, text", EVERY, ids=[f"{f}: {what}" for f, what, *_ in EVERY])

@@ -15,6 +15,7 @@
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core.h"
@@ -45,70 +46,106 @@ std::string text(ScalarType type) {
   }
 }
 
-void expect(const char* op, const char* name, const Tensor& x, Sizes shape, ScalarType type) {
-  if (!x.is_cpu()) refuse(op, name + std::string(" on cpu"), "another device");
-  if (x.scalar_type() != type) refuse(op, std::string(name) + " of dtype " + text(type), text(x.scalar_type()));
-  const Sizes got = x.sizes();
-  if (!std::equal(got.begin(), got.end(), shape.begin(), shape.end())) {
-    refuse(op, std::string(name) + " of shape " + text(shape), text(got));
+// What is asked of a tensor, asked once: every question is a call into torch.
+struct Seen {
+  explicit Seen(const Tensor& x)
+      : tensor(x), shape(x.sizes()), strides(x.strides()), type(x.scalar_type()), on_cpu(x.is_cpu()) {}
+
+  const Tensor& tensor;
+  Sizes shape, strides;
+  ScalarType type;
+  bool on_cpu;
+};
+
+void expect(const char* op, const char* name, const Seen& x, Sizes shape, ScalarType type) {
+  if (!x.on_cpu) refuse(op, name + std::string(" on cpu"), "another device");
+  if (x.type != type) refuse(op, std::string(name) + " of dtype " + text(type), text(x.type));
+  if (!std::equal(x.shape.begin(), x.shape.end(), shape.begin(), shape.end())) {
+    refuse(op, std::string(name) + " of shape " + text(shape), text(x.shape));
   }
 }
 
-gdn2::Type type_of(const char* op, const Tensor& q) {
-  switch (q.scalar_type()) {
+gdn2::Type type_of(const char* op, const Seen& q) {
+  switch (q.type) {
     case ScalarType::Float: return gdn2::Type::f32;
     case ScalarType::BFloat16: return gdn2::Type::bf16;
     case ScalarType::Half: return gdn2::Type::f16;
-    default: refuse(op, "q of dtype float32, bfloat16 or float16", text(q.scalar_type()));
+    default: refuse(op, "q of dtype float32, bfloat16 or float16", text(q.type));
   }
-}
-
-// [.., heads, channels] with the last two axes contiguous, copied when they are not.
-Tensor packed_heads(const Tensor& x) {
-  const int64_t rank = x.dim(), heads = x.size(rank - 2), channels = x.size(rank - 1);
-  const bool packed = (channels == 1 || x.stride(rank - 1) == 1) && (heads == 1 || x.stride(rank - 2) == channels);
-  return packed ? x : torch::stable::contiguous(x);
 }
 
 Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+// [batch, heads, channels] or [batch, tokens, heads, channels], copied where the last two axes are not contiguous.
+class Rows {
+ public:
+  Rows() = default;
+  explicit Rows(const Seen& x) { take(x); }
+
+  void take(const Seen& x) {
+    const size_t rank = x.shape.size();
+    const int64_t heads = x.shape[rank - 2], channels = x.shape[rank - 1];
+    const bool packed =
+        (channels == 1 || x.strides[rank - 1] == 1) && (heads == 1 || x.strides[rank - 2] == channels);
+    if (!packed) copy_ = torch::stable::contiguous(x.tensor);
+    const Sizes strides = packed ? x.strides : copy_->strides();
+    view = {(packed ? x.tensor : *copy_).const_data_ptr(), strides[0], rank == 4 ? strides[1] : 0};
+    if (std::find(x.shape.begin(), x.shape.end(), 0) != x.shape.end()) return;
+    begin_ = static_cast<const char*>(packed ? view.data : x.tensor.const_data_ptr());
+    int64_t last = 0;
+    for (size_t i = 0; i < rank; ++i) last += (x.shape[i] - 1) * x.strides[i];
+    end_ = begin_ + (last + 1) * (x.type == ScalarType::Float ? 4 : 2);
+  }
+
+  // Whether [begin, end) meets the memory from the first number of the tensor to its last. An empty one has none.
+  bool overlaps(const void* begin, const void* end) const { return begin_ < end && begin < end_; }
+
+  gdn2::View view{};
+
+ private:
+  std::optional<Tensor> copy_;
+  const char *begin_ = nullptr, *end_ = nullptr;
+};
+
 struct Inputs {
   const char* op;
-  Tensor q, k, v, g, b, w;
+  int64_t B, T;  // T = 1 without an axis of tokens
   gdn2::Heads heads;
   gdn2::Type type;
+  Rows q, k, v, g, b, w;
 
-  Inputs(const char* op, int rank, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& b,
-         const Tensor& w)
-      : op(op), q(q), k(k), v(v), g(g), b(b), w(w), heads{}, type(type_of(op, q)) {
-    if (q.dim() != rank) refuse(op, "q of rank " + std::to_string(rank), text(q.sizes()));
-    if (v.dim() != rank) refuse(op, "v of rank " + std::to_string(rank), text(v.sizes()));
-    const Sizes keys = q.sizes();
-    int64_t like_v[4];  // the batch and tokens of q, the heads and channels of v
-    std::copy_n(keys.begin(), rank - 2, like_v);
-    std::copy_n(v.sizes().end() - 2, 2, like_v + rank - 2);
-    const Sizes values(like_v, rank);
-    const ScalarType type_of_q = q.scalar_type();
-    expect(op, "q", q, keys, type_of_q);
-    expect(op, "k", k, keys, type_of_q);
-    expect(op, "b", b, keys, type_of_q);
+  Inputs(const char* op, size_t rank, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& g_,
+         const Tensor& b_, const Tensor& w_)
+      : op(op) {
+    const Seen q(q_), v(v_);
+    type = type_of(op, q);
+    if (q.shape.size() != rank) refuse(op, "q of rank " + std::to_string(rank), text(q.shape));
+    if (v.shape.size() != rank) refuse(op, "v of rank " + std::to_string(rank), text(v.shape));
+    int64_t values_shape[4];  // the batch and tokens of q, the heads and channels of v
+    std::copy_n(q.shape.begin(), rank - 2, values_shape);
+    std::copy_n(v.shape.end() - 2, 2, values_shape + rank - 2);
+    const Sizes keys = q.shape, values(values_shape, rank);
+    const Seen k(k_), g(g_), b(b_), w(w_);
+    expect(op, "q", q, keys, q.type);
+    expect(op, "k", k, keys, q.type);
+    expect(op, "b", b, keys, q.type);
     expect(op, "g", g, keys, ScalarType::Float);
-    expect(op, "v", v, values, type_of_q);
-    expect(op, "w", w, values, type_of_q);
-    heads = {q.size(rank - 2), v.size(rank - 2), q.size(rank - 1), v.size(rank - 1)};
+    expect(op, "v", v, values, q.type);
+    expect(op, "w", w, values, q.type);
+    B = keys[0];
+    T = rank == 4 ? keys[1] : 1;
+    heads = {keys[rank - 2], values[rank - 2], keys[rank - 1], values[rank - 1]};
     if (heads.H < 1 || heads.HV < 1 || heads.HV % heads.H != 0) {
       refuse(op, "HV to be a positive multiple of H = " + std::to_string(heads.H), std::to_string(heads.HV));
     }
     if (std::min(heads.K, heads.V) < 1 || std::max(heads.K, heads.V) > gdn2::MAX_HEAD) {
       refuse(op, "head sizes K and V in 1..256", std::to_string(heads.K) + " and " + std::to_string(heads.V));
     }
-    for (Tensor* x : {&this->q, &this->k, &this->v, &this->g, &this->b, &this->w}) *x = packed_heads(*x);
+    this->q.take(q), this->k.take(k), this->v.take(v), this->g.take(g), this->b.take(b), this->w.take(w);
   }
 
   std::array<int64_t, 4> state_shape(int64_t states) const { return {states, heads.HV, heads.K, heads.V}; }
 };
-
-gdn2::View view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.dim() == 4 ? x.stride(1) : 0}; }
 
 #if defined(__SANITIZE_THREAD__)
 // The thread sanitizer does not see how OpenMP's threads wait for each other; it sees how these do. One thread each task.
@@ -151,27 +188,26 @@ struct Sequences {
   float scale;
 
   Sequences(Inputs inputs, const std::optional<Tensor>& state, const std::optional<Tensor>& cu_seqlens, double scale)
-      : in(std::move(inputs)), N(in.q.size(0)), scale(static_cast<float>(scale)) {
+      : in(std::move(inputs)), N(in.B), scale(static_cast<float>(scale)) {
     if (cu_seqlens) {
       bounds = indices(in.op, "cu_seqlens", *cu_seqlens);
-      const int64_t T = in.q.size(1);
-      if (in.q.size(0) != 1) refuse(in.op, "batch 1 with cu_seqlens", std::to_string(in.q.size(0)));
-      const bool whole = bounds.size() > 1 && bounds.front() == 0 && bounds.back() == T;
+      if (in.B != 1) refuse(in.op, "batch 1 with cu_seqlens", std::to_string(in.B));
+      const bool whole = bounds.size() > 1 && bounds.front() == 0 && bounds.back() == in.T;
       if (!whole || !std::is_sorted(bounds.begin(), bounds.end())) {
-        refuse(in.op, "cu_seqlens to start at 0, never fall and end at T = " + std::to_string(T), text(bounds));
+        refuse(in.op, "cu_seqlens to start at 0, never fall and end at T = " + std::to_string(in.T), text(bounds));
       }
       N = static_cast<int64_t>(bounds.size()) - 1;
     }
     if (state) {
-      expect(in.op, "state", *state, in.state_shape(N), ScalarType::Float);
+      expect(in.op, "state", Seen(*state), in.state_shape(N), ScalarType::Float);
       this->state = packed(*state);
     }
   }
 
   gdn2::Sequences core() const {
-    return {in.heads,   N,          in.q.size(1), bounds.empty() ? nullptr : bounds.data(),
-            in.type,    scale,      view(in.q),   view(in.k),
-            view(in.v), view(in.g), view(in.b),   view(in.w),
+    return {in.heads,  N,         in.T,      bounds.empty() ? nullptr : bounds.data(),
+            in.type,   scale,     in.q.view, in.k.view,
+            in.v.view, in.g.view, in.b.view, in.w.view,
             state ? state->const_data_ptr<float>() : nullptr};
   }
 };
@@ -187,13 +223,11 @@ Tensor new_tensor(const Tensor& x, Sizes shape) {
 
 Tensor like(const Tensor& x) { return new_tensor(x, x.sizes()); }
 
-Tensor new_state(const Inputs& in, int64_t states) { return new_tensor(in.g, in.state_shape(states)); }
-
 std::tuple<Tensor, Tensor> chunk(const Tensor q, const Tensor k, const Tensor v, const Tensor g, const Tensor b,
                                  const Tensor w, const std::optional<Tensor> state,
                                  const std::optional<Tensor> cu_seqlens, double scale) {
   const Sequences in(Inputs("chunk", 4, q, k, v, g, b, w), state, cu_seqlens, scale);
-  Tensor o = like(v), final_state = new_state(in.in, in.N);
+  Tensor o = like(v), final_state = new_tensor(g, in.in.state_shape(in.N));
   const bool done = gdn2::chunk({in.core(), o.mutable_data_ptr(), final_state.mutable_data_ptr<float>()}, threads());
   if (!done) refuse("chunk", "memory for its scratch", "none");
   return {o, final_state};
@@ -204,17 +238,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_backwar
     const Tensor g, const Tensor b, const Tensor w, const std::optional<Tensor> state,
     const std::optional<Tensor> cu_seqlens, double scale) {
   const Sequences in(Inputs("chunk_backward", 4, q, k, v, g, b, w), state, cu_seqlens, scale);
-  expect("chunk_backward", "do", do_, v.sizes(), v.scalar_type());
-  const Tensor do_packed = packed_heads(do_);
+  const Seen seen_do(do_);
+  expect("chunk_backward", "do", seen_do, v.sizes(), v.scalar_type());
+  const Rows do_rows(seen_do);
   std::optional<Tensor> dfinal;
   if (dfinal_state) {
-    expect("chunk_backward", "dfinal_state", *dfinal_state, in.in.state_shape(in.N), ScalarType::Float);
+    expect("chunk_backward", "dfinal_state", Seen(*dfinal_state), in.in.state_shape(in.N), ScalarType::Float);
     dfinal = packed(*dfinal_state);
   }
   Tensor dq = like(q), dk = like(k), dv = like(v), dg = like(g), db = like(b), dw = like(w);
-  Tensor dstate = new_state(in.in, in.N);
+  Tensor dstate = new_tensor(g, in.in.state_shape(in.N));
   const bool done = gdn2::chunk_backward(
-      {in.core(), view(do_packed), dfinal ? dfinal->const_data_ptr<float>() : nullptr, dq.mutable_data_ptr(),
+      {in.core(), do_rows.view, dfinal ? dfinal->const_data_ptr<float>() : nullptr, dq.mutable_data_ptr(),
        dk.mutable_data_ptr(), dv.mutable_data_ptr(), dg.mutable_data_ptr<float>(), db.mutable_data_ptr(),
        dw.mutable_data_ptr(), dstate.mutable_data_ptr<float>()},
       threads());
@@ -225,12 +260,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_backwar
 std::tuple<Tensor, Tensor> step(const Tensor q, const Tensor k, const Tensor v, const Tensor g, const Tensor b,
                                 const Tensor w, const Tensor state, double scale) {
   const Inputs in("step", 3, q, k, v, g, b, w);
-  const int64_t N = q.size(0);
-  expect("step", "state", state, in.state_shape(N), ScalarType::Float);
+  expect("step", "state", Seen(state), in.state_shape(in.B), ScalarType::Float);
   const Tensor before = packed(state);
-  Tensor o = like(v), after = new_state(in, N);
-  gdn2::step({in.heads, N, in.type, static_cast<float>(scale), view(in.q), view(in.k), view(in.v), view(in.g),
-              view(in.b), view(in.w), before.const_data_ptr<float>(), after.mutable_data_ptr<float>(), nullptr, 0,
+  Tensor o = like(v), after = new_tensor(g, in.state_shape(in.B));
+  gdn2::step({in.heads, in.B, in.type, static_cast<float>(scale), in.q.view, in.k.view, in.v.view, in.g.view,
+              in.b.view, in.w.view, before.const_data_ptr<float>(), after.mutable_data_ptr<float>(), nullptr, 0,
               o.mutable_data_ptr()},
              threads());
   return {o, after};
@@ -239,8 +273,9 @@ std::tuple<Tensor, Tensor> step(const Tensor q, const Tensor k, const Tensor v, 
 Tensor step_inplace(const Tensor q, const Tensor k, const Tensor v, const Tensor g, const Tensor b, const Tensor w,
                     Tensor state, const std::optional<Tensor> slots, double scale) {
   const Inputs in("step_inplace", 3, q, k, v, g, b, w);
-  const int64_t N = q.size(0), pool = slots && state.dim() > 0 ? state.size(0) : N;
-  expect("step_inplace", "state", state, in.state_shape(pool), ScalarType::Float);
+  const Seen seen_state(state);
+  const int64_t N = in.B, pool = slots && !seen_state.shape.empty() ? seen_state.shape[0] : N;
+  expect("step_inplace", "state", seen_state, in.state_shape(pool), ScalarType::Float);
   if (!state.is_contiguous()) refuse("step_inplace", "a contiguous state", "strides");
   std::vector<int64_t> rows;
   if (slots) {
@@ -254,10 +289,18 @@ Tensor step_inplace(const Tensor q, const Tensor k, const Tensor v, const Tensor
       refuse("step_inplace", wanted, text(rows));
     }
   }
+  float* const states = state.mutable_data_ptr<float>();
+  const float* const states_end = states + pool * in.heads.HV * in.heads.K * in.heads.V;
+  const std::pair<const char*, const Rows*> inputs[] = {{"q", &in.q}, {"k", &in.k}, {"v", &in.v},
+                                                        {"g", &in.g}, {"b", &in.b}, {"w", &in.w}};
+  for (const auto& [name, rows_of] : inputs) {
+    if (rows_of->overlaps(states, states_end)) {
+      refuse("step_inplace", "state apart in memory from the other arguments", std::string(name) + " across it");
+    }
+  }
   Tensor o = like(v);
-  float* states = state.mutable_data_ptr<float>();
-  gdn2::step({in.heads, N, in.type, static_cast<float>(scale), view(in.q), view(in.k), view(in.v), view(in.g),
-              view(in.b), view(in.w), states, states, slots ? rows.data() : nullptr, 8, o.mutable_data_ptr()},
+  gdn2::step({in.heads, N, in.type, static_cast<float>(scale), in.q.view, in.k.view, in.v.view, in.g.view, in.b.view,
+              in.w.view, states, states, slots ? rows.data() : nullptr, 8, o.mutable_data_ptr()},
              threads());
   return o;
 }
