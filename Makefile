@@ -104,7 +104,7 @@ train: $(STAMP)  ## examples/models/tiny again, from the standard library's sour
 recall: $(STAMP)  ## what eight rules remember of pairs and of needles in text, into docs/recall.md (20 to 40 minutes on 2 quiet cores, goes on where it stopped)
 	$(BIN)/python -m examples.recall $(ARGS)
 
-bench-cpu: $(STAMP)  ## this library, its peers and the floors of this machine in one interleaved run (3 minutes, quiet machine)
+bench-cpu: $(STAMP)  ## this library, its peers and the floors of this machine in one interleaved run (4 minutes, quiet machine)
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 # ggml comes as sources inside the package llama-cpp-python; the file ggml.pc.in is missing there.

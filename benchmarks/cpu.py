@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import floors, ggml_peer, report
+from benchmarks import floors, ggml_peer, onnx_file, report
 from benchmarks.core_peer import Core
 from benchmarks.measure import Settings, Table, measure
 from benchmarks.onnxruntime_peer import BodyInOnnxRuntime, LibraryInOnnxRuntime, OnnxRuntime, OnnxRuntimeInPlace
@@ -48,12 +48,14 @@ def run(
     settings: Settings | None = None,
     problems: Sequence[Problem] = PROBLEMS,
     peers: Sequence[type[Peer]] = PEERS,
+    files: Sequence[int] = onnx_file.TOKENS,
 ) -> Table:
     """Measures, prints, writes cpu-<date>.json and .png into out."""
     settings = settings or Settings()
     torch.set_num_threads(threads)
     machine = report.machine()
     table = measure(problems, peers, threads, settings, floors.build())
+    onnx_file.measure_file(table, files, threads, settings)
     now = datetime.datetime.now(datetime.timezone.utc)
     about = {
         "date": now.isoformat(timespec="seconds"),
@@ -69,7 +71,7 @@ def run(
     line = f"{machine['cpu']}, {machine['cores']} cores, {threads} threads, float32, {now:%Y-%m-%d}, {quiet}"
     print(line, "\n", sep="")
     print(report.text(table), "\n")
-    if list(problems) == list(PROBLEMS):
+    if list(problems) == list(PROBLEMS) and list(files) == list(onnx_file.TOKENS):
         print(report.targets(table))
     out.mkdir(parents=True, exist_ok=True)
     report.write_json(table, about, out / f"cpu-{now:%Y-%m-%d}.json")
@@ -105,9 +107,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot")
     args = parser.parse_args()
     problems = [p for p in PROBLEMS if args.only in str(p)]
-    if not problems:
-        parser.error(f"expected --only to match one of {[str(p) for p in PROBLEMS]}, got {args.only!r}")
-    table = run(args.out, threads=args.threads, settings=Settings(rounds=args.rounds), problems=problems)
+    files = [T for T in onnx_file.TOKENS if args.only in onnx_file.name(T)]
+    if not problems and not files:
+        every = [*map(str, PROBLEMS), *map(onnx_file.name, onnx_file.TOKENS)]
+        parser.error(f"expected --only to match one of {every}, got {args.only!r}")
+    table = run(args.out, threads=args.threads, settings=Settings(rounds=args.rounds), problems=problems, files=files)
     wrong = [f"{row.problem}: {row.peer}" for row in table.rows if row.status == "wrong"]
     print(*(f"wrong: {w}" for w in wrong), sep="\n", file=sys.stderr)
     return bool(wrong)

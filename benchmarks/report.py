@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.measure import Row, Table
+from benchmarks.onnx_file import TOKENS, name
 from benchmarks.problems import PROBLEMS
 
 OURS, CORE, FORWARD = "gdn2_ops", "gdn2_ops, C++ core", "gdn2_ops, its forward"
@@ -18,6 +19,7 @@ ORT_IN_PLACE = "ONNX Runtime, state in place"
 NODE, BODY = "gdn2_ops in ONNX Runtime", "gdn2_ops, body in ONNX Runtime"
 ORT, GGML, NAIVE = "ONNX Runtime LinearAttention", "ggml gated_delta_net", "naive PyTorch loop"
 TOKEN, STEP, POOL, PROMPT, PREFILL, BACKWARD = (str(PROBLEMS[i]) for i in (0, 1, 2, 4, 5, 7))
+FILE_TOKEN, FILE_PROMPT = (name(T) for T in TOKENS)
 COLUMNS = ("peer", "gates", "error", "time", "p20 .. p80", "times ours", "p20 .. p80", "of the floor")
 
 
@@ -60,6 +62,14 @@ def _against(problem: str, peer: str, mine: str = OURS) -> Callable[[Table], Spr
     return measured
 
 
+def _error(problem: str, peer: str) -> Callable[[Table], Spread | None]:
+    def measured(table: Table) -> Spread | None:
+        found = table.row(problem, peer).error
+        return None if found is None else Spread(found, found, found)
+
+    return measured
+
+
 TARGETS: tuple[tuple[str, float, bool, Callable[[Table], Spread | None]], ...] = (
     # text, bound, whether it is a lower bound, the number
     (f"{STEP}: {ORT} / ours", 3, True, _against(STEP, ORT)),
@@ -72,6 +82,14 @@ TARGETS: tuple[tuple[str, float, bool, Callable[[Table], Spread | None]], ...] =
     (f"{POOL}: share of the floor", 0.85, True, lambda table: share(table, POOL, OURS)),
     (f"{TOKEN}: {BODY} / with its kernels", 2, True, _against(TOKEN, BODY, NODE)),
     (f"{PROMPT}: {BODY} / with its kernels", 2, True, _against(PROMPT, BODY, NODE)),
+    *(
+        (f"{file}: {BODY} / with its kernels", 2.0, True, _against(file, BODY, NODE))
+        for file in (FILE_TOKEN, FILE_PROMPT)
+    ),
+    *(
+        (f"{file}: kernels differ from the body by", 2e-6, False, _error(file, NODE))
+        for file in (FILE_TOKEN, FILE_PROMPT)
+    ),
     (f"{PREFILL}: {ORT} / ours", 2, True, _against(PREFILL, ORT)),
     (f"{PREFILL}: {NAIVE} / ours", 15, True, _against(PREFILL, NAIVE)),
     (f"{BACKWARD}: ours / its forward", 4, False, _against(BACKWARD, OURS, FORWARD)),
@@ -104,7 +122,8 @@ def _line(table: Table, row: Row) -> tuple[str, ...]:
     wrong = "" if row.status != "wrong" else "WRONG "
     if not row.seconds:
         return (row.peer, row.gates, row.status, *["-"] * 5)
-    spread, of_ours = Spread.of(row.seconds), ratio(row.seconds, table.row(row.problem, OURS).seconds)
+    ours = next(r for r in table.rows if r.problem == row.problem)  # the first of a problem
+    spread, of_ours = Spread.of(row.seconds), ratio(row.seconds, ours.seconds)
     of_floor = share(table, row.problem, row.peer)
     return (
         row.peer,
@@ -119,7 +138,7 @@ def _line(table: Table, row: Row) -> tuple[str, ...]:
 
 
 def _number(x: Spread) -> str:
-    return f"{x.median:.2f} ({x.p20:.2f} .. {x.p80:.2f})"
+    return f"{x.median:.3g} ({x.p20:.3g} .. {x.p80:.3g})"
 
 
 def _time(seconds: float) -> str:

@@ -6,10 +6,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks import cpu, floors, report
+from benchmarks import cpu, floors, onnx_file, report
 from benchmarks.ggml_peer import Ggml
 from benchmarks.measure import Row, Settings, Table
-from benchmarks.onnxruntime_peer import OnnxRuntime
+from benchmarks.onnxruntime_peer import BodyInOnnxRuntime, LibraryInOnnxRuntime, OnnxRuntime
 from benchmarks.peers import CompiledReference, Library, NaiveLoop
 from benchmarks.problems import PROBLEMS, Coordinates, Problem, answer, error, inputs
 
@@ -45,10 +45,13 @@ class Absent(NaiveLoop):
 PEERS = (*(EagerReference if p is CompiledReference else p for p in cpu.PEERS), WrongLoop, Absent)
 
 
+IN_FILE = (LibraryInOnnxRuntime, BodyInOnnxRuntime)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    table = cpu.run(out, threads=1, settings=FAST, problems=TOY, peers=PEERS)
+    table = cpu.run(out, threads=1, settings=FAST, problems=TOY, peers=PEERS, files=(3,))
     (file,) = out.glob("*.json")
     (image,) = out.glob("*.png")
     assert image.read_bytes().startswith(b"\x89PNG")
@@ -58,6 +61,7 @@ def results(tmp_path_factory):
 def test_every_row_is_in_the_table_and_in_the_file(results):
     table, file = results
     wanted = [(str(p), peer.name) for p in TOY for peer in PEERS if p.op in peer.ops]
+    wanted += [(onnx_file.name(3), peer.name) for peer in IN_FILE]
     assert [(row.problem, row.peer) for row in table.rows] == wanted
     assert [(row["problem"], row["peer"]) for row in file["rows"]] == wanted
     lines = report.text(table).splitlines()
@@ -119,9 +123,10 @@ def test_coordinates_are_exact():
 
 def test_targets_are_met_missed_or_not_measured():
     table = Table([Row(str(p), peer.name, "", "ok", 0.0, [1.0, 1.0]) for p in PROBLEMS for peer in cpu.PEERS])
+    table.rows += [Row(onnx_file.name(T), peer.name, "", "ok", 0.0, [1.0, 1.0]) for T in (1, 512) for peer in IN_FILE]
     table.floors = {str(p): {"fma": [0.8, 0.8]} for p in PROBLEMS}
     verdicts = [line.split("|")[-2].strip() for line in report.targets(table).splitlines()[4:]]
-    assert verdicts == [*["missed"] * 5, "met", "met", *["missed"] * 5, "met", "met"]
+    assert verdicts == [*["missed"] * 5, "met", "met", *["missed"] * 5, "met", "met", "missed", "missed", "met", "met"]
     table.row(PROBLEMS[1], OnnxRuntime.name).status = "wrong"
     table.row(PROBLEMS[1], Ggml.name).seconds = []
     verdicts = [line.split("|")[-2].strip() for line in report.targets(table).splitlines()[4:]]
