@@ -16,20 +16,21 @@ from torch.autograd import forward_ad
 from gdn2_ops.custom_ops import contract
 
 _AFTER = torch._C._after_autograd_keyset
+_AFTER_VERSIONS = torch._C._after_ADInplaceOrView_keyset
 _STEP_INPLACE, _STATE = torch.ops.gdn2.step_inplace.default, 6
 
 
 def call(op, *args):
-    """The operator; where nothing is recorded or transformed, without its dispatcher's detour through Python (5 us)."""
+    """The operator; where nothing is recorded or transformed, without its dispatcher's detour through Python (5 us).
+
+    In inference mode the dispatcher itself makes none, unless a state that was not made in it is overwritten.
+    """
     if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*args)
-    if torch.is_inference_mode_enabled():  # the dispatcher leaves autograd out by itself
-        result = op(*args)
-    elif torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return op(*args)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            result = op(*args)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        result = op(*args)
     if op is _STEP_INPLACE:
         _mark_as_written(args[_STATE])
     return result
@@ -121,8 +122,13 @@ def _step_inplace(keyset, q, k, v, g, b, w, state, slots, scale):
             "gdn2::step_inplace: expected tensors that need no gradient, got one that does: the state before the step "
             "is overwritten; call it under torch.no_grad(), or use gdn2_ops.step or gdn2_ops.chunk"
         )
-    with torch._C._AutoDispatchBelowAutograd():
-        o = _STEP_INPLACE.redispatch(keyset & _AFTER, q, k, v, g, b, w, state, slots, scale)
+    return _written_step_inplace(keyset, q, k, v, g, b, w, state, slots, scale)
+
+
+def _written_step_inplace(keyset, q, k, v, g, b, w, state, slots, scale):
+    """Where the dispatcher begins in inference mode, for a tensor that was not made in it."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        o = _STEP_INPLACE.redispatch(keyset & _AFTER_VERSIONS, q, k, v, g, b, w, state, slots, scale)
     _mark_as_written(state)
     return o
 
@@ -136,3 +142,4 @@ _differentiable("chunk", _chunk_vjp)
 _differentiable("step", _step_vjp)
 _differentiable("chunk_backward", _refuse_second_order, save=lambda ctx, inputs: None)
 contract.LIB.impl("step_inplace", _step_inplace, "Autograd", with_keyset=True)
+contract.LIB.impl("step_inplace", _written_step_inplace, "ADInplaceOrView", with_keyset=True)

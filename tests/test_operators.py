@@ -200,6 +200,23 @@ def test_step_inplace_is_step(dtype):
     assert state._version > version
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("function", [gdn2_ops.step_inplace, lambda *args: OPS.step_inplace(*args, None, 1.0)])
+def test_a_state_that_is_overwritten_has_a_new_version(mode, function):
+    args = arguments("step", torch.float32)[:7]
+    for calls in (1, 2):
+        with mode():
+            function(*args)
+        assert args[6]._version == calls
+    compiled = torch.compile(lambda *args: gdn2_ops.step_inplace(*args), backend="eager", fullgraph=True)
+    with mode():
+        compiled(*args)
+    assert args[6]._version == 3
+    with torch.inference_mode():
+        mine = [x.clone() for x in args]
+        assert torch.equal(function(*mine), function(*args)) and torch.equal(mine[6], args[6])
+
+
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_slots_update_their_rows_only(index):
     *six, pool, slots, scale = arguments("step_inplace", torch.float32, variant="slots")
