@@ -212,12 +212,20 @@ struct Sequences {
   }
 };
 
-// A contiguous tensor with the dtype of x. torch::stable::new_empty would look its operator up by name at every call.
+// A contiguous tensor with the dtype of x. torch::stable::new_empty would look its operator up by name at every call, and
+// aoti_torch_aten_new_empty dispatches twice.
 Tensor new_tensor(const Tensor& x, Sizes shape) {
-  AtenTensorHandle created = nullptr;
   const int64_t rank = static_cast<int64_t>(shape.size());
+  int64_t strides[4], next = 1;
+  for (int64_t i = rank - 1; i >= 0; --i) {
+    strides[i] = next;
+    next *= std::max<int64_t>(shape[i], 1);
+  }
+  int32_t dtype = 0;
+  AtenTensorHandle created = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_aten_new_empty(x.get(), shape.data(), rank, nullptr, nullptr, nullptr, 0, nullptr, &created));
+      aoti_torch_empty_strided(rank, shape.data(), strides, dtype, aoti_torch_device_type_cpu(), -1, &created));
   return Tensor(created);
 }
 
