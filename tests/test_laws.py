@@ -1,5 +1,8 @@
 """Laws of the operators: what must hold whichever kernel made the numbers."""
 
+import ctypes
+import os
+
 import pytest
 import torch
 from cases import CASES, DTYPES, FORMS, Case, Inputs, assert_as_good_as, bounds, exact, inputs
@@ -172,10 +175,16 @@ def test_twice_the_values_and_state_give_twice_the_output(dtype):
 
 @pytest.fixture
 def poisoned_empty():
-    """Everything torch.empty gives out is NaN."""
+    """Everything torch.empty gives out is NaN, and all that malloc does, which the operators' outputs come from.
+
+    glibc fills memory with the complement of the byte it is told. Sanitizers have a malloc of their own.
+    """
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    mallopt, M_PERTURB = ctypes.CDLL(None).mallopt, -6
+    assert mallopt(M_PERTURB, 0x100) or "san.so" in os.environ.get("LD_PRELOAD", "")  # 0xff; of 0 it makes none
     yield
+    mallopt(M_PERTURB, 0)
     torch.use_deterministic_algorithms(False)
 
 
