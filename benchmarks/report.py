@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks import onnx_file
 from benchmarks.measure import Row, Table
-from benchmarks.onnx_file import TOKENS, name
 from benchmarks.problems import PROBLEMS
 
 OURS, CORE, FORWARD = "gdn2_ops", "gdn2_ops, C++ core", "gdn2_ops, its forward"
@@ -19,7 +19,7 @@ ORT_IN_PLACE = "ONNX Runtime, state in place"
 NODE, BODY = "gdn2_ops in ONNX Runtime", "gdn2_ops, body in ONNX Runtime"
 ORT, GGML, NAIVE = "ONNX Runtime LinearAttention", "ggml gated_delta_net", "naive PyTorch loop"
 TOKEN, STEP, POOL, PROMPT, PREFILL, BACKWARD = (str(PROBLEMS[i]) for i in (0, 1, 2, 4, 5, 7))
-FILE_TOKEN, FILE_PROMPT = (name(T) for T in TOKENS)
+FILES = [onnx_file.name(T) for T in onnx_file.TOKENS]
 COLUMNS = ("peer", "gates", "error", "time", "p20 .. p80", "times ours", "p20 .. p80", "of the floor")
 
 
@@ -82,14 +82,8 @@ TARGETS: tuple[tuple[str, float, bool, Callable[[Table], Spread | None]], ...] =
     (f"{POOL}: share of the floor", 0.85, True, lambda table: share(table, POOL, OURS)),
     (f"{TOKEN}: {BODY} / with its kernels", 2, True, _against(TOKEN, BODY, NODE)),
     (f"{PROMPT}: {BODY} / with its kernels", 2, True, _against(PROMPT, BODY, NODE)),
-    *(
-        (f"{file}: {BODY} / with its kernels", 2.0, True, _against(file, BODY, NODE))
-        for file in (FILE_TOKEN, FILE_PROMPT)
-    ),
-    *(
-        (f"{file}: kernels differ from the body by", 2e-6, False, _error(file, NODE))
-        for file in (FILE_TOKEN, FILE_PROMPT)
-    ),
+    *((f"{file}: {BODY} / with its kernels", 2.0, True, _against(file, BODY, NODE)) for file in FILES),
+    *((f"{file}: kernels differ from the body by", 2e-6, False, _error(file, NODE)) for file in FILES),
     (f"{PREFILL}: {ORT} / ours", 2, True, _against(PREFILL, ORT)),
     (f"{PREFILL}: {NAIVE} / ours", 15, True, _against(PREFILL, NAIVE)),
     (f"{BACKWARD}: ours / its forward", 4, False, _against(BACKWARD, OURS, FORWARD)),

@@ -9,7 +9,7 @@ import torch
 from benchmarks import cpu, floors, onnx_file, report
 from benchmarks.ggml_peer import Ggml
 from benchmarks.measure import Row, Settings, Table
-from benchmarks.onnxruntime_peer import BodyInOnnxRuntime, LibraryInOnnxRuntime, OnnxRuntime
+from benchmarks.onnxruntime_peer import LibraryInOnnxRuntime, OnnxRuntime
 from benchmarks.peers import CompiledReference, Library, NaiveLoop
 from benchmarks.problems import PROBLEMS, Coordinates, Problem, answer, error, inputs
 
@@ -45,9 +45,6 @@ class Absent(NaiveLoop):
 PEERS = (*(EagerReference if p is CompiledReference else p for p in cpu.PEERS), WrongLoop, Absent)
 
 
-IN_FILE = (LibraryInOnnxRuntime, BodyInOnnxRuntime)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
@@ -61,7 +58,7 @@ def results(tmp_path_factory):
 def test_every_row_is_in_the_table_and_in_the_file(results):
     table, file = results
     wanted = [(str(p), peer.name) for p in TOY for peer in PEERS if p.op in peer.ops]
-    wanted += [(onnx_file.name(3), peer.name) for peer in IN_FILE]
+    wanted += [(onnx_file.name(3), peer.name) for peer in onnx_file.PEERS]
     assert [(row.problem, row.peer) for row in table.rows] == wanted
     assert [(row["problem"], row["peer"]) for row in file["rows"]] == wanted
     lines = report.text(table).splitlines()
@@ -74,6 +71,18 @@ def test_every_peer_that_is_there_is_right(results):
         if row.peer not in (WrongLoop.name, Absent.name) and not row.status.startswith("not installed"):
             assert (row.status, len(row.seconds)) == ("ok", FAST.rounds), asdict(row)
             assert row.error < 1e-5
+
+
+def test_a_file_without_the_kernels_is_called_wrong(monkeypatch):
+    """The file runs without them, by its body: nothing but the numbers tells."""
+    monkeypatch.setattr(onnx_file, "LibraryInOnnxRuntime", None)  # what registers the library
+    table = Table()
+    onnx_file.measure_file(table, (2,), 1, FAST)
+    assert [row.status for row in table.rows] == ["wrong", "ok"]
+    monkeypatch.undo()
+    monkeypatch.setattr(LibraryInOnnxRuntime, "missing", staticmethod(lambda: "not built"))
+    onnx_file.measure_file(table, (3,), 1, FAST)
+    assert [(row.status, len(row.seconds)) for row in table.rows[2:]] == [("not built", 0), ("ok", FAST.rounds)]
 
 
 def test_a_wrong_peer_is_called_wrong(results):
@@ -123,7 +132,8 @@ def test_coordinates_are_exact():
 
 def test_targets_are_met_missed_or_not_measured():
     table = Table([Row(str(p), peer.name, "", "ok", 0.0, [1.0, 1.0]) for p in PROBLEMS for peer in cpu.PEERS])
-    table.rows += [Row(onnx_file.name(T), peer.name, "", "ok", 0.0, [1.0, 1.0]) for T in (1, 512) for peer in IN_FILE]
+    files = [(onnx_file.name(T), peer.name) for T in onnx_file.TOKENS for peer in onnx_file.PEERS]
+    table.rows += [Row(*row, "", "ok", 0.0, [1.0, 1.0]) for row in files]
     table.floors = {str(p): {"fma": [0.8, 0.8]} for p in PROBLEMS}
     verdicts = [line.split("|")[-2].strip() for line in report.targets(table).splitlines()[4:]]
     assert verdicts == [*["missed"] * 5, "met", "met", *["missed"] * 5, "met", "met", "missed", "missed", "met", "met"]
