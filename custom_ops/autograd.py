@@ -23,7 +23,7 @@ _STEP_INPLACE, _STATE = torch.ops.gdn2.step_inplace.default, 6
 def call(op, *args):
     """The operator; where nothing is recorded or transformed, without its dispatcher's detour through Python (5 us).
 
-    In inference mode the dispatcher itself makes none, unless a state that was not made in it is overwritten.
+    In inference mode the dispatcher itself makes none, but for `step_inplace` of tensors that were not made in it.
     """
     if forward_ad._current_level >= 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*args)
