@@ -1,5 +1,6 @@
 """The fuzzer of `make fuzz`, a small part of its calls."""
 
+import fuzz
 import pytest
 import torch
 from fuzz import CHECKS, run
@@ -29,3 +30,13 @@ def test_a_stricter_contract_is_found(monkeypatch):
     monkeypatch.setitem(CHECKS, "step", half_is_wrong)
     with pytest.raises(AssertionError, match="step takes what the contract refuses: no float16"):
         run(calls=300, seed=1)
+
+
+def test_a_leak_is_found_and_a_jump_is_none(monkeypatch):
+    lost = []
+    monkeypatch.setattr(fuzz, "call", lambda dice: lost.append(b"x" * 10_000) or "lost")
+    assert run(calls=2000, seed=1)[1] > 5  # of 9.5
+    monkeypatch.setattr(
+        fuzz, "call", lambda dice: lost.append(b"x" * (20 << 20 if len(lost) == 3700 else 10)) or "lost"
+    )
+    assert run(calls=2000, seed=1)[1] < 5
